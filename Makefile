@@ -1,0 +1,43 @@
+# make demo | test | setup | dev | bench | lint      (VIDEOS=folder points the demo at one's own videos)
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENV := . ./env.sh &&
+
+.PHONY: demo test setup dev bench lint format free-slots clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(ENV) python -m fw_pipeline.run_demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+dev: setup
+	$(ENV) dagster dev -w workspace.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --quick || exit 1; done
+
+# A command-line run that was killed with SIGKILL keeps its pool slot; this frees the slots of runs that have ended.
+free-slots: setup
+	$(ENV) python -m fw_pipeline.free_slots $(RUN)
+
+clean:
+	rm -rf data dagster_home/{storage,history,schedules,logs,.telemetry,.logs_queue} .pytest_cache .mypy_cache .ruff_cache

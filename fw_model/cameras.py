@@ -1,0 +1,383 @@
+"""Cameras: pose files, Plücker rays and control latents, (un)projection, the 9-D pose encoding, trajectories.
+
+Conventions: w2c [3, 4] maps world to camera, x_cam = R x_world + t, with OpenCV axes (x right, y down, z forward);
+intrinsics K [3, 3] are in pixels of the H x W image, skew 0; pixel (row v, column u) has its centre at (u + 0.5, v + 0.5);
+depth is z-depth. Functions are batched over leading dimensions and run on the device and in the dtype of their inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# fx, fy, cx, cy as shares of a 1280 x 720 image: the lens of the base model's own pose files. Rows without intrinsics get it.
+DEFAULT_LENS = (0.532139961, 0.946026558, 0.5, 0.5)
+FRAMES_PER_LATENT = 4
+_ROTATION_TOLERANCE = 1e-2  # pose files in the wild carry as few as four digits
+
+
+class PoseFileError(ValueError):
+    """A pose file that cannot be read; the message is `file:line: what was wrong`."""
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """One camera per frame. w2c [T, 3, 4]; intrinsics [T, 3, 3] in pixels of the image they go with."""
+
+    w2c: Tensor
+    intrinsics: Tensor
+
+    def __post_init__(self) -> None:
+        frames = self.w2c.shape[0] if self.w2c.ndim else 0
+        if self.w2c.shape != (frames, 3, 4) or self.intrinsics.shape != (frames, 3, 3) or not frames:
+            raise ValueError(
+                f"cameras: expected w2c [T,3,4] and intrinsics [T,3,3], got {list(self.w2c.shape)} and "
+                f"{list(self.intrinsics.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.w2c.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- poses
+
+
+def invert_pose(pose: Tensor) -> Tensor:
+    """[..., 3, 4] rigid pose -> its inverse [..., 3, 4] (w2c <-> c2w)."""
+    rotation = pose[..., :3].mT
+    return torch.cat([rotation, -rotation @ pose[..., 3:]], dim=-1)
+
+
+def compose_poses(second: Tensor, first: Tensor) -> Tensor:
+    """[..., 3, 4] x [..., 3, 4] -> the pose that applies `first`, then `second`."""
+    rotation = second[..., :3] @ first[..., :3]
+    return torch.cat([rotation, second[..., :3] @ first[..., 3:] + second[..., 3:]], dim=-1)
+
+
+def relative_to_first(w2c: Tensor) -> Tensor:
+    """w2c [..., T, 3, 4] -> the same cameras with the first camera as the world; frame 0 is exactly the identity."""
+    relative = compose_poses(w2c, invert_pose(w2c[..., :1, :, :]))
+    identity = torch.eye(3, 4, dtype=w2c.dtype, device=w2c.device).expand_as(relative[..., :1, :, :])
+    return torch.cat([identity, relative[..., 1:, :, :]], dim=-3)
+
+
+def matrix_to_quaternion(rotation: Tensor) -> Tensor:
+    """Rotation [..., 3, 3] -> unit quaternion xyzw [..., 4] with canonical sign (see `canonical_quaternion`).
+
+    Of the four classical formulas the one with the largest divisor is taken for each matrix, so it is accurate to
+    rounding everywhere, half turns included.
+    """
+    m00, m01, m02, m10, m11, m12, m20, m21, m22 = rotation.flatten(-2).unbind(-1)
+    candidates = torch.stack(
+        [
+            torch.stack([1 + m00 - m11 - m22, m10 + m01, m20 + m02, m21 - m12], dim=-1),  # 4 x (x, y, z, w)
+            torch.stack([m10 + m01, 1 - m00 + m11 - m22, m21 + m12, m02 - m20], dim=-1),  # 4 y (x, y, z, w)
+            torch.stack([m20 + m02, m21 + m12, 1 - m00 - m11 + m22, m10 - m01], dim=-1),  # 4 z (x, y, z, w)
+            torch.stack([m21 - m12, m02 - m20, m10 - m01, 1 + m00 + m11 + m22], dim=-1),  # 4 w (x, y, z, w)
+        ],
+        dim=-2,
+    )
+    best = candidates.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    chosen = torch.take_along_dim(candidates, best[..., None, None], dim=-2).squeeze(-2)
+    return canonical_quaternion(F.normalize(chosen, dim=-1))
+
+
+def canonical_quaternion(quaternion: Tensor) -> Tensor:
+    """xyzw [..., 4] -> the one of q and -q with w > 0 (w = 0: the last non-zero of x, y, z positive)."""
+    x, y, z, w = quaternion.unbind(-1)
+    lead = torch.where(w != 0, w, torch.where(z != 0, z, torch.where(y != 0, y, x)))
+    return torch.where(lead[..., None] < 0, -quaternion, quaternion)
+
+
+def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
+    """xyzw [..., 4] of any non-zero length -> rotation [..., 3, 3]."""
+    x, y, z, w = F.normalize(quaternion, dim=-1).unbind(-1)
+    entries = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
+
+
+def encode_pose(w2c: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """w2c [..., 3, 4], intrinsics [..., 3, 3] (pixels of height x width) -> encoding [..., 9].
+
+    Translation of w2c (3), unit quaternion xyzw of its rotation with canonical sign (4), fov_h, fov_w in radians
+    (vertical, then horizontal). The principal point is not kept: `decode_pose` puts it at the image centre.
+    """
+    fov_h = 2 * torch.atan(0.5 * height / intrinsics[..., 1, 1])
+    fov_w = 2 * torch.atan(0.5 * width / intrinsics[..., 0, 0])
+    return torch.cat([w2c[..., 3], matrix_to_quaternion(w2c[..., :3]), torch.stack([fov_h, fov_w], dim=-1)], dim=-1)
+
+
+def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Encoding [..., 9] -> w2c [..., 3, 4], intrinsics [..., 3, 3] with the principal point at the image centre.
+
+    The quaternion is normalised, so a network's raw output may be decoded.
+    """
+    w2c = torch.cat([quaternion_to_matrix(encoding[..., 3:7]), encoding[..., :3, None]], dim=-1)
+    fy = 0.5 * height / torch.tan(0.5 * encoding[..., 7])
+    fx = 0.5 * width / torch.tan(0.5 * encoding[..., 8])
+    return w2c, _intrinsics(fx, fy, torch.full_like(fx, 0.5 * width), torch.full_like(fy, 0.5 * height))
+
+
+def _intrinsics(fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    return torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------- rays
+
+
+def camera_rays(intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """intrinsics [..., 3, 3] -> [..., H, W, 3] camera-frame directions of the pixel centres, with z = 1."""
+    fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    u = torch.arange(width, dtype=intrinsics.dtype, device=intrinsics.device) + 0.5
+    v = torch.arange(height, dtype=intrinsics.dtype, device=intrinsics.device)[:, None] + 0.5
+    x, y = torch.broadcast_tensors((u - cx) / fx, (v - cy) / fy)
+    return torch.stack([x, y, torch.ones_like(x)], dim=-1)
+
+
+def unproject(depth: Tensor, intrinsics: Tensor, w2c: Tensor) -> Tensor:
+    """depth [..., T, H, W], intrinsics [..., T, 3, 3], w2c [..., T, 3, 4] -> world points [..., T, H, W, 3].
+
+    Pixels of depth 0 (unknown) land on the camera centre and must be masked by the caller.
+    """
+    height, width = depth.shape[-2:]
+    in_camera = camera_rays(intrinsics, height, width) * depth[..., None]
+    centred = in_camera - w2c[..., None, None, :, 3]
+    return torch.einsum("...hwi,...ij->...hwj", centred, w2c[..., :3])  # R^T (x - t), as a row vector times R
+
+
+def project(points: Tensor, intrinsics: Tensor, w2c: Tensor) -> tuple[Tensor, Tensor]:
+    """World points [..., N, 3] seen by cameras intrinsics [..., 3, 3], w2c [..., 3, 4] (leading dimensions broadcast).
+
+    Returns pixel positions (u, v) [..., N, 2] and z-depth [..., N]. Points with z <= 0 are behind the camera: their pixel
+    is finite but meaningless, mask by z.
+    """
+    in_camera = points @ w2c[..., :3].mT + w2c[..., None, :, 3]
+    z = in_camera[..., 2]
+    tiny = torch.finfo(z.dtype).tiny ** 0.5
+    safe = torch.where(z.abs() > tiny, z, torch.full_like(z, tiny))
+    u = in_camera[..., 0] / safe * intrinsics[..., None, 0, 0] + intrinsics[..., None, 0, 2]
+    v = in_camera[..., 1] / safe * intrinsics[..., None, 1, 1] + intrinsics[..., None, 1, 2]
+    return torch.stack([u, v], dim=-1), z
+
+
+def plucker(w2c: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """w2c [..., T, 3, 4], intrinsics [..., T, 3, 3] (pixels of height x width) -> Plücker rays [..., T, 6, H, W].
+
+    Channels [o x d, d]: camera centre o and unit direction d of the pixel centres, in the frame of the first camera.
+    """
+    c2w = invert_pose(relative_to_first(w2c))
+    d = torch.einsum("...ij,...hwj->...ihw", c2w[..., :3], F.normalize(camera_rays(intrinsics, height, width), dim=-1))
+    o = c2w[..., 3, None, None].expand_as(d)
+    return torch.cat([torch.linalg.cross(o, d, dim=-3), d], dim=-3)
+
+
+def plucker_embedding(cameras: Cameras, height: int, width: int) -> Tensor:
+    """Plücker rays [T, 6, H, W] of one clip's cameras, relative to frame 0 (see `plucker`)."""
+    return plucker(cameras.w2c, cameras.intrinsics, height, width)
+
+
+def control_latents(w2c: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """w2c [B, T, 3, 4], intrinsics [B, T, 3, 3] -> the base's camera control [B, 24, F, H, W], F = 1 + (T - 1) / 4.
+
+    Frame 0 is repeated to four frames, so that T + 3 = 4 F, and every four frames fold into one latent frame with
+    channel = 4 * plucker_channel + frame_in_group, as the base was trained. Raises ValueError unless T = 4k + 1.
+    """
+    frames = w2c.shape[-3]
+    if frames % FRAMES_PER_LATENT != 1:
+        low = max(1, (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1)
+        raise ValueError(f"control latents need 4k+1 frames, got {frames}; nearest: {low} or {low + FRAMES_PER_LATENT}")
+    rays = plucker(w2c, intrinsics, height, width)
+    padded = torch.cat([rays[:, :1].expand(-1, FRAMES_PER_LATENT - 1, -1, -1, -1), rays], dim=1)
+    grouped = padded.unflatten(1, (-1, FRAMES_PER_LATENT))  # [B, F, 4, 6, H, W]
+    return grouped.permute(0, 3, 2, 1, 4, 5).flatten(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- pose files
+
+
+def read_pose_file(path: str | Path, height: int, width: int, source_height: int = 720, source_width: int = 1280) -> Cameras:
+    """Read a pose file into float32 cameras with intrinsics in pixels of a height x width image.
+
+    An optional first line that is blank, a url or a `#` comment; then per frame 19 numbers `t fx fy cx cy 0 0` + w2c
+    row-major with intrinsics normalised by the source's size, or 12 (w2c) or 16 (4 x 4) numbers, which get `DEFAULT_LENS`.
+    Where the source is wider than the target, it is taken as resized to the target's height and cropped in width (fx grows),
+    else the other way round: the base model's rule. Poses stay as they are in the file, frame 0 need not be the identity.
+
+    Raises PoseFileError, naming the line, for anything else; FileNotFoundError when there is no such file.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise PoseFileError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    header = bool(lines) and _is_header(lines[0])
+    if len(lines) == header:
+        raise PoseFileError(f"{path}: no poses in the file")
+    rows = [_parse_row(f"{path}:{i}", line.split()) for i, line in enumerate(lines[header:], start=1 + header)]
+    counts = [count for count, _, _ in rows]
+    for i, count in enumerate(counts):
+        if count != counts[0]:
+            raise PoseFileError(f"{path}:{i + 1 + header}: {count} numbers, but the rows before have {counts[0]}")
+    lens = torch.tensor([lens for _, lens, _ in rows], dtype=torch.float64)
+    scale = torch.tensor(_aspect_scale(height, width, source_height, source_width), dtype=torch.float64)
+    fx, fy, cx, cy = (lens * scale * torch.tensor([width, height, width, height])).float().unbind(-1)
+    poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64).float()
+    return Cameras(w2c=poses.unflatten(-1, (3, 4)), intrinsics=_intrinsics(fx, fy, cx, cy))
+
+
+def write_pose_file(
+    path: str | Path, cameras: Cameras, height: int, width: int, source_height: int = 720, source_width: int = 1280
+) -> None:
+    """Write `cameras` (pixels of height x width) as 19-number rows; `read_pose_file` with the same sizes gives them back.
+
+    The first column is the frame's index.
+    """
+    size = torch.tensor([width, height, width, height], dtype=torch.float64)
+    scale = torch.tensor(_aspect_scale(height, width, source_height, source_width), dtype=torch.float64)
+    k = cameras.intrinsics.detach().double().cpu()
+    lens = torch.stack([k[:, 0, 0], k[:, 1, 1], k[:, 0, 2], k[:, 1, 2]], dim=-1) / (size * scale)
+    poses = cameras.w2c.detach().double().cpu().flatten(1)
+    lines = ["# t fx fy cx cy 0 0 w2c(3x4)"]
+    for i, (row_lens, pose) in enumerate(zip(lens.tolist(), poses.tolist(), strict=True)):
+        lines.append(" ".join([str(i), *(f"{x:.10g}" for x in row_lens), "0", "0", *(f"{x:.10g}" for x in pose)]))
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _is_header(line: str) -> bool:
+    text = line.strip()
+    return not text or text.startswith("#") or "://" in text
+
+
+def _aspect_scale(height: int, width: int, source_height: int, source_width: int) -> tuple[float, float, float, float]:
+    """Factors on the normalised (fx, fy, cx, cy) for a source that is resized to cover height x width and cropped."""
+    ratio = source_width / source_height
+    if ratio > width / height:
+        return height * ratio / width, 1.0, 1.0, 1.0
+    return 1.0, width / ratio / height, 1.0, 1.0
+
+
+def _parse_row(where: str, fields: Sequence[str]) -> tuple[int, tuple[float, ...], list[float]]:
+    """One line -> (numbers in it, normalised lens, 12 numbers of w2c); raises PoseFileError."""
+    try:
+        numbers = [float(field) for field in fields]
+    except ValueError as error:
+        raise PoseFileError(f"{where}: {error}") from error
+    if len(numbers) not in (12, 16, 19):
+        raise PoseFileError(f"{where}: {len(numbers)} numbers; a row has 19 (t fx fy cx cy 0 0 + w2c), 16 (4x4) or 12 (w2c)")
+    if not all(map(math.isfinite, numbers)):
+        raise PoseFileError(f"{where}: a number is not finite")
+    lens: tuple[float, ...] = DEFAULT_LENS
+    pose = numbers[:12]
+    if len(numbers) == 19:
+        lens, pose = tuple(numbers[1:5]), numbers[7:]
+        if lens[0] <= 0 or lens[1] <= 0:
+            raise PoseFileError(f"{where}: focal lengths must be positive, got {lens[0]:g} and {lens[1]:g}")
+    elif len(numbers) == 16 and numbers[12:] != [0.0, 0.0, 0.0, 1.0]:
+        raise PoseFileError(f"{where}: the last row of a 4x4 pose must be 0 0 0 1, got {numbers[12:]}")
+    rotation = torch.tensor(pose, dtype=torch.float64).view(3, 4)[:, :3]
+    off = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
+    if off > _ROTATION_TOLERANCE or torch.linalg.det(rotation) < 0:
+        raise PoseFileError(f"{where}: not a rotation: the 3x3 part of w2c is off orthonormal by {off:.2g} or mirrors")
+    return len(numbers), lens, pose
+
+
+# --------------------------------------------------------------------------------------------------- trajectories
+
+
+def pan(frames: int, degrees: float = 30.0) -> Tensor:
+    """w2c [T, 3, 4]: the camera stays and turns about its y axis, to the right for positive degrees."""
+    return _look(_turn_y(_ramp(frames) * math.radians(degrees)), torch.zeros(frames, 3))
+
+
+def tilt(frames: int, degrees: float = 20.0) -> Tensor:
+    """w2c [T, 3, 4]: the camera stays and turns about its x axis, upwards for positive degrees."""
+    return _look(_turn_x(_ramp(frames) * math.radians(degrees)), torch.zeros(frames, 3))
+
+
+def zoom(frames: int, distance: float = 0.5) -> Tensor:
+    """w2c [T, 3, 4]: the camera moves along its optical axis, forwards for positive distance (clip units).
+
+    The lens does not change: this is what the base model's own pose files call zoom.
+    """
+    return _look(torch.eye(3).expand(frames, 3, 3), _ramp(frames)[:, None] * torch.tensor([0.0, 0.0, distance]))
+
+
+def orbit(frames: int, degrees: float = 45.0, radius: float = 1.0) -> Tensor:
+    """w2c [T, 3, 4]: a level circle around the point `radius` (clip units) ahead of the first camera, looking at it.
+
+    The camera moves to its right for positive degrees; after 360 it is where it began.
+    """
+    rotation = _turn_y(_ramp(frames) * math.radians(-degrees))
+    target = torch.tensor([0.0, 0.0, radius])
+    return _look(rotation, target - rotation @ target)
+
+
+def spiral(frames: int, turns: float = 2.0, radius: float = 0.2, forward: float = 0.3, distance: float = 1.0) -> Tensor:
+    """w2c [T, 3, 4]: a circle about the optical axis that widens from 0 to `radius` while the camera moves `forward`,
+    looking at the point `distance` ahead of the first camera (all in clip units, distance > forward)."""
+    along = _ramp(frames)
+    angle = 2 * math.pi * turns * along
+    centres = torch.stack([radius * along * angle.cos(), radius * along * angle.sin(), forward * along], dim=-1)
+    towards = F.normalize(torch.tensor([0.0, 0.0, distance]) - centres, dim=-1)
+    x, y, z = towards.unbind(-1)
+    rotation = _turn_y(torch.atan2(x, z)) @ _turn_x(torch.asin(-y))
+    return _look(rotation, centres)
+
+
+TRAJECTORIES: dict[str, Callable[[int], Tensor]] = {
+    "pan_left": lambda frames: pan(frames, -30.0),
+    "pan_right": lambda frames: pan(frames, 30.0),
+    "tilt_up": lambda frames: tilt(frames, 20.0),
+    "tilt_down": lambda frames: tilt(frames, -20.0),
+    "zoom_in": lambda frames: zoom(frames, 0.5),
+    "zoom_out": lambda frames: zoom(frames, -0.5),
+    "orbit_left": lambda frames: orbit(frames, -45.0),
+    "orbit_right": lambda frames: orbit(frames, 45.0),
+    "orbit_360deg": lambda frames: orbit(frames, 360.0),
+    "spiral": spiral,
+}
+
+
+def make_trajectory(name: str, frames: int, height: int, width: int) -> Cameras:
+    """Cameras of a named trajectory with `DEFAULT_LENS` on a height x width image; raises ValueError with the names there are."""
+    if name not in TRAJECTORIES:
+        raise ValueError(f"no trajectory {name!r}; there are: {', '.join(TRAJECTORIES)}")
+    if frames < 1:
+        raise ValueError(f"a trajectory needs at least one frame, got {frames}")
+    scale = _aspect_scale(height, width, 720, 1280)
+    sizes = (width, height, width, height)
+    lens = torch.tensor([share * factor * size for share, factor, size in zip(DEFAULT_LENS, scale, sizes, strict=True)])
+    return Cameras(w2c=TRAJECTORIES[name](frames), intrinsics=_intrinsics(*lens).expand(frames, 3, 3).contiguous())
+
+
+def _ramp(frames: int) -> Tensor:
+    return torch.linspace(0.0, 1.0, frames)
+
+
+def _look(rotation: Tensor, centres: Tensor) -> Tensor:
+    """Camera-to-world rotations [T, 3, 3] and centres [T, 3] -> w2c [T, 3, 4], first camera the identity."""
+    return relative_to_first(invert_pose(torch.cat([rotation, centres[..., None]], dim=-1)))
+
+
+def _turn_y(angle: Tensor) -> Tensor:
+    """Camera-to-world rotations [T, 3, 3] that turn the view to the right by `angle` radians."""
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([c, zero, s, zero, one, zero, -s, zero, c], dim=-1).unflatten(-1, (3, 3))
+
+
+def _turn_x(angle: Tensor) -> Tensor:
+    """Camera-to-world rotations [T, 3, 3] that turn the view upwards by `angle` radians."""
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([one, zero, zero, zero, c, -s, zero, s, c], dim=-1).unflatten(-1, (3, 3))

@@ -1,0 +1,297 @@
+"""Configuration: the one home of every knob of the model, its encoders, the clips and the two training stages.
+
+A preset is a YAML file in `fw_model/presets`. `load_preset("tiny", ["stage1.steps=10"])` reads one, applies overrides
+(dotted keys, values parsed as YAML) and validates it; unknown keys are refused with the keys that exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESET_DIR = Path(__file__).parent / "presets"
+
+Stage = Literal["stage1", "stage2"]
+
+
+class ConfigError(ValueError):
+    """A preset, file or override that cannot be used; the message names the key and what is accepted."""
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, and a key it does not know is an error rather than a silent no-op."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class WanConfig(Config):
+    """Shape of the frozen video DiT. The defaults are Wan2.1-Fun-V1.1-1.3B-Control-Camera's."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    text_dim: int = 4096
+    freq_dim: int = 256
+    in_dim: int = 32  # 16 noise + 16 image latents, no mask channels
+    out_dim: int = 16
+    control_channels: int = 24  # 6 Plücker channels x 4 frames folded into one latent frame
+    image_dim: int = 1280
+    image_tokens: int = 257
+    text_len: int = 512
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> WanConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head dimension {self.head_dim} must be even for rotary embeddings")
+        return self
+
+
+class GeometryConfig(Config):
+    """Shape of the trainable geometry branch (widths equal the base's `dim` unless named here)."""
+
+    pcb_blocks: int = 12  # base blocks before the bridge; the rest run beside one GeoDiT block each
+    bridge_layers: int = 2
+    bridge_heads: int = 8
+    num_registers: int = 4
+    head_layers: tuple[int, int, int, int] = (6, 9, 12, 18)  # 1-based GeoDiT layers read by the DPT heads
+    head_channels: tuple[int, int, int, int] = (256, 256, 192, 96)  # per-stream width, shallow to deep (coarse to fine)
+    head_features: int = 256  # width of the RefineNet fusion
+    camera_blocks: int = 2  # transformer blocks of one camera refinement iteration
+    camera_dim: int = 512
+    camera_iterations: int = 4
+    pose_rank: int = 128  # low-rank width of the pose encoder
+    cross_dim: int = 1152  # hidden width of the IRG bidirectional cross-attention
+    cross_heads: int = 12
+
+
+class ModelConfig(Config):
+    wan: WanConfig = WanConfig()
+    geometry: GeometryConfig = GeometryConfig()
+
+    @property
+    def num_geodit(self) -> int:
+        """Number of GeoDiT blocks: one beside each base block after the bridge."""
+        return self.wan.num_layers - self.geometry.pcb_blocks
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        geo = self.geometry
+        if not 0 < geo.pcb_blocks < self.wan.num_layers:
+            raise ValueError(f"geometry.pcb_blocks must lie in 1..{self.wan.num_layers - 1}, got {geo.pcb_blocks}")
+        if (
+            list(geo.head_layers) != sorted(geo.head_layers)
+            or not 1 <= geo.head_layers[0] <= geo.head_layers[3] <= self.num_geodit
+        ):
+            raise ValueError(f"geometry.head_layers must ascend within 1..{self.num_geodit}, got {geo.head_layers}")
+        for name, width, heads in (
+            ("geometry.bridge_heads", self.wan.dim, geo.bridge_heads),
+            ("geometry.cross_heads", geo.cross_dim, geo.cross_heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{name} {heads} does not divide the width {width}")
+        if (self.wan.dim // geo.bridge_heads) % 2:
+            raise ValueError(f"geometry.bridge_heads {geo.bridge_heads} gives an odd head width, which has no rotary embedding")
+        return self
+
+
+class WeightsConfig(Config):
+    """Where weights come from: a hub repository or local folder, or `made` (filled from a seed, nothing downloaded)."""
+
+    source: Literal["hub", "made"] = "hub"
+    repo: str = ""
+    revision: str = "main"
+    seed: int = 0
+
+    @property
+    def identity(self) -> str:
+        """Names these weights in dataset and checkpoint metadata; two runs that differ here may not be mixed."""
+        return f"{self.repo}@{self.revision}" if self.source == "hub" else f"made:{self.seed}"
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsConfig:
+        if self.source == "hub" and not self.repo:
+            raise ValueError("repo: a hub id or a local folder is needed when source is 'hub'")
+        return self
+
+
+class EncodersConfig(Config):
+    """VAE, text and image encoders. They run once per clip in the pipeline and are never loaded while training.
+
+    The dimensions are used for made weights only; hub weights bring their own configuration.
+    """
+
+    weights: WeightsConfig
+    vae_dim: int = 96
+    text_dim: int = 4096
+    text_layers: int = 24
+    image_dim: int = 1280
+    image_layers: int = 32
+    image_size: int = 224
+    image_patch: int = 14
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class ClipConfig(Config):
+    """What a clip is: T = 4k+1 frames at a fixed rate, in a landscape or a portrait bucket."""
+
+    frames: int = 81
+    fps: float = 16.0
+    short_side: int = 336
+    long_side: int = 592
+    stride: int = 81  # frames from the start of one clip to the start of the next
+    max_clips_per_video: int = 64
+
+    def bucket(self, height: int, width: int) -> tuple[int, int, int]:
+        """(H, W, T) of the bucket for a source of this orientation; a square source counts as landscape."""
+        if height > width:
+            return self.long_side, self.short_side, self.frames
+        return self.short_side, self.long_side, self.frames
+
+    @model_validator(mode="after")
+    def _check(self) -> ClipConfig:
+        if self.frames % 4 != 1 or self.frames < 5:
+            raise ValueError(
+                f"frames must be 4k+1 and at least 5 (the VAE folds 4 frames into one latent), got {self.frames}; "
+                f"nearest: {max(5, (self.frames - 1) // 4 * 4 + 1)} or {max(5, (self.frames + 2) // 4 * 4 + 1)}"
+            )
+        for key in ("short_side", "long_side"):
+            value = getattr(self, key)
+            if value % 16 or value <= 0:
+                raise ValueError(
+                    f"{key} must be a positive multiple of 16, got {value}; nearest: "
+                    f"{max(16, value // 16 * 16)} or {value // 16 * 16 + 16}"
+                )
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
+        return self
+
+
+class StageConfig(Config):
+    """One training stage."""
+
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)  # clips per step: batch_per_device x accumulation x processes; accumulation is computed
+    batch_per_device: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)  # of matrices; biases, norms, gates and tokens are not decayed
+    warmup_steps: int = Field(0, ge=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_every: int = Field(1000, ge=1)
+    keep_states: int = Field(2, ge=1)
+    validate_every: int = Field(1000, ge=1)
+    validation_clips: int = Field(16, ge=1)
+    log_every: int = Field(10, ge=1)
+    seed: int = 0
+    workers: int = Field(2, ge=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are kept in float32
+    gradient_checkpointing: bool = True
+    pose_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip's pose tokens reach the geometry branch
+    lambda_geometry: float = Field(1.0, ge=0)  # weight of L_geo beside L_diff in stage 2
+    camera_weight: float = Field(3.0, ge=0)
+    train_geometry: bool = True  # stage 2 only: false trains the adapters and cross-attention alone, as the paper
+    max_skipped: int = Field(10, ge=0)  # steps with a non-finite loss or gradient that are passed over before the run stops
+    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+
+
+class Preset(Config):
+    """Everything a run needs to know, validated as a whole."""
+
+    name: str
+    base: WeightsConfig
+    model: ModelConfig
+    encoders: EncodersConfig
+    clip: ClipConfig
+    stage1: StageConfig
+    stage2: StageConfig
+
+    def stage(self, stage: Stage) -> StageConfig:
+        return self.stage1 if stage == "stage1" else self.stage2
+
+    def digest(self, *sections: str) -> str:
+        """Short stable hash of the named sections (all of them by default), for output folders and cache keys."""
+        dumped = self.model_dump(mode="json", include=set(sections) if sections else None)
+        return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()[:12]
+
+    @model_validator(mode="after")
+    def _check(self) -> Preset:
+        enc, wan = self.encoders, self.model.wan
+        if enc.text_dim != wan.text_dim or enc.image_dim != wan.image_dim:
+            raise ValueError(
+                f"encoders give text {enc.text_dim} / image {enc.image_dim} features, "
+                f"but the base takes {wan.text_dim} / {wan.image_dim}"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset:
+    """Read a preset by name or a YAML file by path, apply `a.b=value` overrides, validate.
+
+    A file may name a preset to start from under the key `preset`; its other keys are merged over it.
+    Raises ConfigError for a missing preset, an unknown key or a value that does not fit.
+    """
+    raw = _read_yaml(name_or_path)
+    for item in overrides or []:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {item!r}: expected key=value, e.g. stage1.steps=100")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {error}") from error
+        node: Any = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {item!r}: {parent!r} is a value, not a section")
+        node[leaf] = parsed
+    return parse_preset(raw, where=name_or_path)
+
+
+def parse_preset(raw: dict[str, Any], where: str = "preset") -> Preset:
+    """Validate a dictionary (e.g. one stored in a checkpoint) as a Preset; raises ConfigError naming every bad key."""
+    try:
+        return Preset.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(whole)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{where}: not a valid preset\n" + "\n".join(lines)) from error
+
+
+def _read_yaml(name_or_path: str) -> dict[str, Any]:
+    path = PRESET_DIR / f"{name_or_path}.yaml" if name_or_path in preset_names() else Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(f"no preset or file {name_or_path!r}; presets: {', '.join(preset_names())}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
+    parent = raw.pop("preset", None)
+    return raw if parent is None else _merge(_read_yaml(str(parent)), raw)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

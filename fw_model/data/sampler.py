@@ -1,0 +1,138 @@
+"""The order in which clips are trained on: a pure function of (seed, epoch, buckets), shared out to ranks afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import xxhash
+from torch.utils.data import Sampler
+
+
+class ResumableBucketSampler(Sampler[list[int]]):
+    """Endless micro-batches of dataset indices for one rank, resumable exactly.
+
+    An epoch: the clips of each bucket are shuffled and cut into global batches (one optimiser step each), so buckets never
+    mix within a step; then the global batches of all buckets are shuffled. The last global batch of a bucket is filled up
+    from the start of that bucket's shuffled order, several times over if the bucket is smaller than a global batch: no clip
+    is dropped, some are seen again. Shuffling sorts by a hash of (seed, epoch, index), so no library's random generator
+    has a say in it.
+
+    A global batch is cut into consecutive slices of `batch_per_rank`; in micro-step j rank r gets slice j * world_size + r.
+    The union over ranks and over the `accumulation` micro-steps of a step is therefore the same for any number of ranks.
+
+    State is (epoch, samples consumed in it by all ranks). Iterating does NOT move it, because a DataLoader with workers
+    draws ahead of training: call `advance()` once after each optimiser step. `iter()` starts at the state, so after
+    `load_state_dict` a new iterator gives exactly the batches that were still to come, whatever the number of ranks.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[str],
+        global_batch: int,
+        batch_per_rank: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """buckets: the bucket of each dataset index. Raises ValueError when there are no clips, or when the global batch is
+        not a whole number of micro-batches on every rank."""
+        if not buckets:
+            raise ValueError("sampler: the dataset has no clips")
+        if min(global_batch, batch_per_rank, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"sampler: global batch {global_batch}, batch per rank {batch_per_rank} and world size {world_size} "
+                f"must be positive and rank {rank} within 0..{world_size - 1}"
+            )
+        if global_batch % (batch_per_rank * world_size):
+            raise ValueError(
+                f"sampler: global batch {global_batch} is not a multiple of batch per rank {batch_per_rank} x {world_size} ranks"
+            )
+        self.global_batch, self.batch_per_rank, self.rank, self.world_size, self.seed = (
+            global_batch, batch_per_rank, rank, world_size, seed,
+        )  # fmt: skip
+        self._members: dict[str, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            self._members.setdefault(bucket, []).append(index)
+        self._buckets_digest = xxhash.xxh64_hexdigest("\n".join(buckets).encode())
+        self._epoch = 0
+        self._consumed = 0
+        self._order: tuple[int, list[list[int]]] | None = None
+
+    @property
+    def accumulation(self) -> int:
+        """Consecutive micro-batches that make one global batch on this rank."""
+        return self.global_batch // (self.batch_per_rank * self.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return sum(-(-len(members) // self.global_batch) for members in self._members.values())
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step, from 0."""
+        return self._epoch
+
+    def global_batches(self, epoch: int) -> list[list[int]]:
+        """All global batches of an epoch in order; every list has `global_batch` indices of one bucket."""
+        if self._order is None or self._order[0] != epoch:
+            batches: list[tuple[str, int, list[int]]] = []
+            for bucket, members in self._members.items():
+                shuffled = self._shuffle(members, epoch, key=str)
+                for start in range(0, len(shuffled), self.global_batch):
+                    indices = [shuffled[i % len(shuffled)] for i in range(start, start + self.global_batch)]
+                    batches.append((bucket, start, indices))
+            ordered = self._shuffle(batches, epoch, key=lambda batch: f"{batch[0]}/{batch[1]}")
+            self._order = epoch, [indices for _, _, indices in ordered]
+        return self._order[1]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's micro-batches from the state on, without end."""
+        epoch, step = self._epoch, self._consumed // self.global_batch
+        while True:
+            batches = self.global_batches(epoch)
+            for batch in batches[step:]:
+                for j in range(self.accumulation):
+                    start = (j * self.world_size + self.rank) * self.batch_per_rank
+                    yield batch[start : start + self.batch_per_rank]
+            epoch, step = epoch + 1, 0
+
+    def advance(self, steps: int = 1) -> None:
+        """Record that `steps` more global batches were trained on."""
+        done = self._epoch * self.steps_per_epoch + self._consumed // self.global_batch + steps
+        self._epoch, step = divmod(done, self.steps_per_epoch)
+        self._consumed = step * self.global_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state; the fields beside `epoch` and `consumed` are there to notice a resume on something else."""
+        return {
+            "epoch": self._epoch,
+            "consumed": self._consumed,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "buckets": self._buckets_digest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, made by any number of ranks; raises ValueError if it belongs to another order of clips."""
+        expected = self.state_dict()
+        if set(state) != set(expected):
+            raise ValueError(f"sampler state: expected the keys {sorted(expected)}, got {sorted(state)}")
+        for key, what in (("seed", "seed"), ("global_batch", "global batch"), ("buckets", "dataset (clips or buckets)")):
+            if state[key] != expected[key]:
+                raise ValueError(
+                    f"sampler state: it was saved with another {what} ({state[key]}, now {expected[key]}), so the run cannot be "
+                    "continued exactly; resume with the same one or start a new run"
+                )
+        epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        if epoch < 0 or consumed % self.global_batch or not 0 <= consumed < self.steps_per_epoch * self.global_batch:
+            raise ValueError(f"sampler state: epoch {epoch}, {consumed} samples consumed is not a step of this order")
+        self._epoch, self._consumed = epoch, consumed
+
+    def _shuffle(self, items: Sequence[Any], epoch: int, key: Any) -> list[Any]:
+        """Sort by a hash of the item's name and then the name itself, so that even a hash collision leaves no choice."""
+        names = [key(item) for item in items]
+        prefix = f"{self.seed}/{epoch}/"
+        ranked = sorted(range(len(items)), key=lambda i: (xxhash.xxh64_intdigest((prefix + names[i]).encode()), names[i]))
+        return [items[i] for i in ranked]

@@ -1,0 +1,148 @@
+"""The frozen encoders that turn a clip into what the DiT reads: Wan's VAE, UMT5 and CLIP.
+
+They run once per clip in the pipeline; training reads their cached output and never loads them.
+`Encoders.from_config` loads the published models through diffusers and transformers, or, for `source: made`, builds the
+same classes small and fills them from a seed, so that a laptop runs the same code with nothing to download.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fw_model.config import EncodersConfig
+
+LATENT_CHANNELS = 16
+# Wan's own per-channel statistics do not fit made VAE weights; theirs are measured once on this many noise frames.
+_CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
+
+
+class EncoderError(RuntimeError):
+    """Encoder weights that are missing or do not load; the message says what to fetch."""
+
+
+@dataclass
+class Encoders:
+    """VAE, text and image encoder with their preprocessing, on one device."""
+
+    vae: Any
+    text: Any
+    tokenizer: Any
+    image: Any
+    image_size: int
+    text_len: int
+    identity: str
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's published statistics
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_config(cls, config: EncodersConfig, text_len: int, device: str = "cpu") -> Encoders:
+        """Load or make the encoders.
+
+        Args:
+            config: which weights, and the dimensions of made ones.
+            text_len: prompts are cut to this many tokens (512 for the published base).
+            device: torch device they run on.
+
+        Raises:
+            EncoderError: the weights are not on disk and cannot be downloaded.
+        """
+        parts = _make(config) if config.weights.source == "made" else _load(config, getattr(torch, config.dtype))
+        for module in (parts["vae"], parts["text"], parts["image"]):
+            module.to(device).eval().requires_grad_(False)
+        return cls(**parts, text_len=text_len, identity=f"{config.weights.identity}:{config.dtype}")
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> np.ndarray:
+        """frames [T, H, W, 3] uint8 RGB -> normalised latents [16, F, H/8, W/8] float16, F = 1 + (T - 1) / 4.
+
+        The posterior's mean is used, not a sample. The VAE is causal in time: latent frame 0 depends on the first
+        image alone and is that image's own latent.
+        """
+        video = torch.from_numpy(frames).to(self.vae.device).permute(3, 0, 1, 2)[None]
+        video = video.to(self.vae.dtype) / 127.5 - 1.0
+        latents = self.vae.encode(video).latent_dist.mode().float()
+        mean = torch.tensor(self.vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
+        std = torch.tensor(self.vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+        return ((latents - mean) / std)[0].half().cpu().numpy()
+
+    @torch.no_grad()
+    def encode_text(self, prompt: str) -> np.ndarray:
+        """Prompt -> UMT5 embedding [L, D] float16 of its L real tokens (the base pads with zeros to `text_len`)."""
+        tokens = self.tokenizer(prompt, truncation=True, max_length=self.text_len, return_tensors="pt").to(self.text.device)
+        hidden = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return hidden[0].float().half().cpu().numpy()
+
+    @torch.no_grad()
+    def encode_image(self, frame: np.ndarray) -> np.ndarray:
+        """First frame [H, W, 3] uint8 RGB -> CLIP features [N, C] float16: the last but one layer, class token first."""
+        pixels = torch.from_numpy(frame).to(self.image.device).permute(2, 0, 1)[None].float() / 255
+        size = (self.image_size, self.image_size)  # the base squeezes the whole frame into the square, no crop
+        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", align_corners=False)
+        mean = torch.tensor(self.image_mean, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.image_std, device=pixels.device).view(1, 3, 1, 1)
+        hidden = self.image(((pixels - mean) / std).to(self.image.dtype), output_hidden_states=True).hidden_states[-2]
+        return hidden[0].float().half().cpu().numpy()
+
+
+def _load(config: EncodersConfig, dtype: torch.dtype) -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+
+    repo, revision = config.weights.repo, config.weights.revision
+    try:
+        vae = AutoencoderKLWan.from_pretrained(repo, subfolder="vae", revision=revision, torch_dtype=dtype)
+        text = UMT5EncoderModel.from_pretrained(repo, subfolder="text_encoder", revision=revision, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(repo, subfolder="tokenizer", revision=revision)
+        image = CLIPVisionModel.from_pretrained(repo, subfolder="image_encoder", revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"encoders: could not load {repo!r} (revision {revision!r}): {error}\n"
+            f"Needed once: subfolders vae, text_encoder, tokenizer, image_encoder (about 13 GB in bf16). Fetch them with\n"
+            f"  hf download {repo} --include 'vae/*' 'text_encoder/*' 'tokenizer/*' 'image_encoder/*'\n"
+            f"or set encoders.weights.repo to a local folder that holds them. To run without any download use the preset 'tiny'."
+        ) from error
+    return {"vae": vae, "text": text, "tokenizer": tokenizer, "image": image, "image_size": image.config.image_size}
+
+
+def _make(config: EncodersConfig) -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan
+    from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.weights.seed)
+        vae: Any = AutoencoderKLWan(
+            base_dim=config.vae_dim,
+            z_dim=LATENT_CHANNELS,
+            num_res_blocks=1,
+            latents_mean=[0.0] * LATENT_CHANNELS,
+            latents_std=[1.0] * LATENT_CHANNELS,
+        )
+        vae.eval()
+        text = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=384,  # ByT5's bytes and special tokens: a tokenizer that needs no file
+                d_model=config.text_dim,
+                d_kv=config.text_dim // 4,
+                d_ff=2 * config.text_dim,
+                num_layers=config.text_layers,
+                num_heads=4,
+            )
+        )
+        image = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=config.image_dim,
+                intermediate_size=4 * config.image_dim,
+                num_hidden_layers=config.image_layers,
+                num_attention_heads=4,
+                image_size=config.image_size,
+                patch_size=config.image_patch,
+            )
+        )
+        with torch.no_grad():
+            latents = vae.encode(torch.rand(_CALIBRATION_SHAPE) * 2 - 1).latent_dist.mode().transpose(0, 1).flatten(1)
+        vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).clamp_min(1e-3).tolist())
+    return {"vae": vae, "text": text, "tokenizer": ByT5Tokenizer(), "image": image, "image_size": config.image_size}

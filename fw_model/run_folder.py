@@ -1,0 +1,193 @@
+"""The output folder of a training run: whose run it is, whether it may go on, what it needs before it starts.
+
+run.json                what decides the weights: stage, config, dataset, stage 1 checkpoint
+metrics.jsonl           see fw_model.metrics_log
+step-N.safetensors      see fw_model.checkpoints
+state/step-N/           the same
+result.json             written last: the run is complete
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fw_model.checkpoints import CheckpointError, CheckpointMetadata, check_usable, latest_state, read_metadata, write_json
+from fw_model.config import Preset, Stage
+
+log = logging.getLogger(__name__)
+
+# Knobs that change what is watched, stored or how fast it goes, never what is learnt: a run may go on with other values.
+OPERATIONAL = {
+    "batch_per_device",
+    "save_every",
+    "keep_states",
+    "validate_every",
+    "log_every",
+    "workers",
+    "max_skipped",
+    "trackers",
+    "gradient_checkpointing",
+}
+BUILD_DATASET = "python -m fw_pipeline.launch build_dataset"
+TRAIN_STAGE1 = "dagster job execute -j stage1_training"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a complete run left behind; `result.json` in the output folder has the same fields."""
+
+    stage: Stage
+    steps: int
+    checkpoint: str  # file name in the output folder
+    validation: dict[str, dict[str, float]]  # "before" and "after" training: loss name -> value
+    validation_split: str  # "val", or "train" for a dataset without validation clips
+    seconds: float  # of training and validation, earlier parts of an interrupted run included
+    config_digest: str
+    dataset_digest: str
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides a run's weights, as flat keys; two runs with the same identity are one run."""
+
+    stage: Stage
+    config: dict[str, Any]
+    dataset_digest: str
+
+    @property
+    def config_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: CheckpointMetadata | None = None) -> RunIdentity:
+    """The identity of a run.
+
+    Args:
+        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not.
+        stage: "stage1" or "stage2".
+        dataset_digest: of the manifest.
+        stage1: header of the checkpoint that stage 2 starts from.
+    """
+    sections = {
+        "base": preset.base.identity,
+        "model": preset.model.model_dump(mode="json"),
+        stage: preset.stage(stage).model_dump(mode="json", exclude=OPERATIONAL),
+        "stage1_checkpoint": stage1.identity if stage1 else None,
+    }
+    return RunIdentity(stage, _flat(sections), dataset_digest)
+
+
+def check_stage1_checkpoint(path: Path | None, preset: Preset) -> CheckpointMetadata:
+    """Header of the stage 1 checkpoint that stage 2 needs, read without loading or building anything.
+
+    Raises TrainingError, naming the file and the job that makes it: none given, missing, truncated, of another stage,
+    base or model.
+    """
+    remedy = f"Train stage 1 with this preset first: {TRAIN_STAGE1}"
+    if path is None:
+        raise TrainingError(f"stage 2 starts from a stage 1 checkpoint and none was given (--stage1-checkpoint FILE). {remedy}")
+    try:
+        metadata = read_metadata(path)
+        check_usable(path, metadata, "stage1", preset)
+    except CheckpointError as error:
+        raise TrainingError(f"stage 2 starts from a stage 1 checkpoint: {error}\n{remedy}") from error
+    return metadata
+
+
+def check_claim(output: Path, identity: RunIdentity) -> None:
+    """Raise TrainingError if `output` holds another run; every key that differs is named with both values."""
+    path = output / "run.json"
+    if not path.is_file():
+        if latest_state(output / "state") or (output / "result.json").exists():
+            raise TrainingError(f"{output} has training results but no run.json that says whose; give another --output")
+        return
+    theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(asdict(identity))
+    differing = [
+        f"{k.removeprefix('config.')}: the folder has {theirs.get(k)}, this run {ours.get(k)}"
+        for k in sorted({*theirs, *ours})
+        if theirs.get(k) != ours.get(k)
+    ]
+    if differing:
+        raise TrainingError(
+            f"{output} holds another run:\n  " + "\n  ".join(differing) + "\nGive another --output, or remove that folder"
+        )
+
+
+def claim(output: Path, identity: RunIdentity) -> None:
+    """Write whose folder this is."""
+    write_json(output / "run.json", asdict(identity))
+
+
+def write_result(output: Path, result: TrainResult) -> None:
+    """Write `result.json`, which says that the run is complete."""
+    write_json(output / "result.json", asdict(result))
+
+
+def read_result(output: Path) -> TrainResult | None:
+    """The result of a complete run, None if there is none."""
+    path = output / "result.json"
+    return TrainResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def finished(output: Path, identity: RunIdentity) -> TrainResult | None:
+    """The result of a complete run with this identity, if `output` has one whose checkpoint is still there and whole."""
+    result = read_result(output)
+    if result is None or (result.config_digest, result.dataset_digest) != (identity.config_digest, identity.dataset_digest):
+        return None
+    try:
+        read_metadata(output / result.checkpoint)
+    except CheckpointError as error:
+        log.warning("%s; writing it again from the last state", error)
+        return None
+    return result
+
+
+@contextmanager
+def locked(output: Path, patience: float = 60) -> Iterator[None]:
+    """Hold the folder for this process, waiting `patience` seconds for one that is about to stop.
+
+    Raises TrainingError when another process goes on training into it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while not _try_lock(file):
+            file.seek(0)
+            owner = file.read().strip()
+            if time.monotonic() >= deadline:
+                raise TrainingError(f"{output}: process {owner} is training into it; wait for it or stop it")
+            log.info("%s: waiting for process %s to stop", output, owner)
+            time.sleep(min(5.0, patience))
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield  # closing the file gives the lock back, also when the process is killed
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

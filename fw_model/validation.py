@@ -1,0 +1,45 @@
+"""Losses on clips that are never trained on, with the same noise, timesteps and clips every time."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+
+from fw_model.config import Stage, StageConfig
+from fw_model.data.dataset import collate
+from fw_model.objective import LOSS_NAMES, compute_losses, predict, validation_draws
+
+
+@torch.no_grad()
+def validate(
+    model: torch.nn.Module, clips: Dataset, stage: Stage, config: StageConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean losses over the first `config.validation_clips` clips, one at a time, shared out over the processes.
+
+    Pose tokens are withheld from the geometry branch (see `objective.validation_draws`).
+
+    Args:
+        model: on `accelerator.device`, not wrapped; comes back in training mode.
+        clips: a ClipDataset.
+        stage: decides which losses there are.
+        config: gives `validation_clips`, `seed`, and the loss weights.
+        accelerator: gives the processes and the precision.
+
+    Returns:
+        Loss name -> mean, for `LOSS_NAMES[stage]`; the same on every process.
+    """
+    count = min(config.validation_clips, len(clips))  # type: ignore[arg-type]
+    sums = torch.zeros(len(LOSS_NAMES[stage]), device=accelerator.device)
+    model.eval()
+    for place in range(accelerator.process_index, count, accelerator.num_processes):
+        batch = collate([clips[place]])
+        draws = validation_draws(batch, config.seed, place, count).to(accelerator.device)
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            output = predict(model, batch, draws)
+        losses = compute_losses(output, batch, draws, stage, config)
+        sums += torch.stack([losses[name] for name in LOSS_NAMES[stage]])
+    model.train()
+    means = accelerator.reduce(sums, "sum") / count
+    return dict(zip(LOSS_NAMES[stage], means.tolist(), strict=True))

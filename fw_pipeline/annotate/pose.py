@@ -1,0 +1,238 @@
+"""Single cameras against known points (PnP), and what is done about frames whose camera cannot be found.
+
+A failed frame is an exception with a reason, never an identity pose. `fill_missing_poses` puts a pose between the neighbours',
+says so in a flag, and refuses a clip that would be made up to more than a fifth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from scipy.spatial.transform import Rotation, Slerp
+
+from fw_pipeline.annotate.pair_graph import PairPrediction, to_numpy
+from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.vectors import length
+
+PNP_PIXELS = 2000  # at most, of the more confident half
+MIN_POINTS = 12
+MIN_INLIERS = 0.2  # share of the points; fewer agreeing ones are chance
+MAX_INTERPOLATED = 0.2  # share of a clip's frames
+MIN_PARALLAX = 0.01  # extent of the camera's path over the scene's median depth
+GRID_ORIGINS = (0.0, 0.5)
+
+
+class PnPError(ValueError):
+    """No camera fits the points of a frame; the message says why."""
+
+
+@dataclass(frozen=True)
+class PnPResult:
+    w2c: np.ndarray  # [3, 4] float64
+    inlier_ratio: float  # share of all usable pixels whose point projects within `pixel_threshold` of them
+    reprojection_error: float  # median over those, pixels
+
+
+def pixel_threshold(height: int, width: int) -> float:
+    """Largest reprojection error of an inlier in pixels: 1.5, or a hundredth of the long side."""
+    return max(1.5, 0.01 * max(height, width))
+
+
+def solve_pnp(points_world: Any, confidence: Any, intrinsics: Any, origin: float | None = None) -> PnPResult:
+    """The camera that sees each pixel's world point at that pixel: SQPNP in RANSAC on confident pixels, then LM on the inliers.
+
+    Args:
+        points_world: [H, W, 3] numpy or torch, any units; non-finite points are left out.
+        confidence: [H, W] relative; pixels at 0 are left out.
+        intrinsics: [3, 3] pixels.
+        origin: image position of pixel (0, 0) that `intrinsics` mean: 0 for the network's integer grid, 0.5 for pixel
+            centres. None: 0, unless the points fit 0.5 clearly better, which exact ones show.
+
+    Raises:
+        PnPError: too few points, points on one line, or no pose that enough of them fit.
+        ValueError: malformed input.
+    """
+    points, weight, lens = _pnp_input(points_world, confidence, intrinsics)
+    height, width = weight.shape
+    usable = np.flatnonzero(weight.ravel())
+    if len(usable) < MIN_POINTS:
+        raise PnPError(f"only {len(usable)} usable points, {MIN_POINTS} are needed")
+    chosen = _confident(usable, weight.ravel())
+    points = points.reshape(-1, 3)
+    corners = np.stack([usable % width, usable // width], axis=1).astype(np.float64)
+    pixels = np.stack([chosen % width, chosen // width], axis=1).astype(np.float64)
+    _require_spread(points[chosen])
+    threshold = pixel_threshold(height, width)
+    start = pnp_ransac(points[chosen], pixels + (origin or 0.0), lens, threshold)
+    if start is None:
+        raise PnPError(f"no pose fits the {len(chosen)} points tried")
+    fits = []
+    for grid in GRID_ORIGINS if origin is None else (origin,):
+        rotation, translation = _polish(points[chosen], pixels + grid, lens, *start)
+        error = _reprojection(points[usable], corners + grid, lens, rotation, translation)
+        fits.append(
+            (float(np.median(error[error < threshold])) if (error < threshold).any() else np.inf, rotation, translation, error)
+        )
+    best = fits[1] if len(fits) > 1 and fits[1][0] < 0.5 * fits[0][0] else fits[0]
+    _, rotation, translation, error = best
+    ratio = float((error < threshold).mean())
+    if ratio < MIN_INLIERS:
+        raise PnPError(f"only {100 * ratio:.0f} % of the points fit one pose within {threshold:.3g} px")
+    return PnPResult(np.concatenate([rotation, translation[:, None]], axis=1), ratio, best[0])
+
+
+def pnp_ransac(
+    points: np.ndarray, image_points: np.ndarray, intrinsics: np.ndarray, threshold: float, iterations: int = 100
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """points [n, 3], image_points [n, 2] -> rotation [3, 3], translation [3], inliers [n] bool; None when nothing fits.
+
+    SQPNP on minimal draws, then on all inliers. Deterministic.
+    """
+    if len(points) < 6:
+        return None
+    centre = points.mean(0)  # far from the origin the solver loses digits
+    spread = float(length(points - centre).mean())
+    if not spread > 0:
+        return None
+    try:
+        found, vector, shift, kept = cv2.solvePnPRansac(
+            (points - centre) / spread,
+            np.ascontiguousarray(image_points, np.float64),
+            intrinsics,
+            None,
+            iterationsCount=iterations,
+            reprojectionError=threshold,
+            confidence=0.9999,
+            flags=cv2.SOLVEPNP_SQPNP,
+        )
+    except cv2.error:  # OpenCV's way to say that the points are degenerate
+        return None
+    if not found or kept is None or len(kept) < 6 or not np.isfinite(vector).all() or not np.isfinite(shift).all():
+        return None
+    rotation = np.asarray(cv2.Rodrigues(vector)[0])
+    inliers = np.zeros(len(points), bool)
+    inliers[kept.ravel()] = True
+    return rotation, spread * shift.ravel() - rotation @ centre, inliers
+
+
+def points_in_world(pair: PairPrediction, depth_i: np.ndarray, w2c_i: np.ndarray) -> np.ndarray:
+    """World points [H, W, 3] of frame j of a pair whose frame i is already aligned: what `solve_pnp` wants for frame j.
+
+    depth_i [H, W] z-depth of frame i (0 = unknown) and w2c_i [3, 4] are in the clip's units; they give the pair its scale, the
+    median ratio over frame i's better pixels. Raises PnPError when frame i has no usable pixel in common with them.
+    """
+    z, trust = to_numpy(pair.points_i)[..., 2], to_numpy(pair.confidence_i)
+    both = np.isfinite(z) & (z > 0) & (trust > 0) & (depth_i > 0)
+    if not both.any():
+        raise PnPError(f"pair ({pair.i}, {pair.j}): no pixel of frame {pair.i} has a depth both in the pair and in the clip")
+    both &= trust >= np.median(trust[both])
+    scale = float(np.median(depth_i[both] / z[both]))
+    local = scale * to_numpy(pair.points_j).astype(np.float64) - w2c_i[:, 3]
+    return np.asarray(local @ w2c_i[:, :3])
+
+
+def fill_missing_poses(poses: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Poses w2c [3, 4] of a clip, None where PnP failed -> (w2c [T, 3, 4], interpolated [T] bool).
+
+    Between its nearest solved neighbours a camera's centre moves on a line and it turns at a constant rate; before the first
+    and after the last solved frame it stands still. Raises RejectedClip when more than a fifth of the frames are missing.
+    """
+    missing = np.array([pose is None for pose in poses], bool)
+    if not len(missing) or missing.mean() > MAX_INTERPOLATED:
+        raise RejectedClip(
+            f"the camera of {missing.sum()} of {len(missing)} frames could not be found; at most a fifth may be filled in"
+        )
+    w2c = np.stack([np.full((3, 4), np.nan) if pose is None else np.asarray(pose, np.float64) for pose in poses])
+    solved, lost = np.flatnonzero(~missing), np.flatnonzero(missing)
+    if not len(lost):
+        return w2c, missing
+    rotation = w2c[solved, :, :3]
+    centres = -np.einsum("tji,tj->ti", rotation, w2c[solved, :, 3])
+    when = np.clip(lost, solved[0], solved[-1])
+    w2c[lost, :, :3] = Slerp(solved, Rotation.from_matrix(rotation))(when).as_matrix() if len(solved) > 1 else rotation
+    centre = np.stack([np.interp(when, solved, centres[:, axis]) for axis in range(3)], axis=1)
+    w2c[lost, :, 3] = -np.einsum("tij,tj->ti", w2c[lost, :, :3], centre)
+    return w2c, missing
+
+
+def require_motion(w2c: np.ndarray, depth: np.ndarray) -> None:
+    """Raise RejectedClip when the camera's path [T, 3, 4] is too short for the scene's depth (any shape, 0 = unknown).
+
+    Then nothing ties the frames' depths together: the camera stands still, or turns on the spot.
+    """
+    known = depth[depth > 0]
+    if not known.size:
+        raise RejectedClip("no depth is known anywhere")
+    centres = -np.einsum("tji,tj->ti", w2c[:, :, :3], w2c[:, :, 3])
+    extent, distance = float(length(np.ptp(centres, axis=0))), float(np.median(known))
+    if not extent >= MIN_PARALLAX * distance:
+        raise RejectedClip(
+            f"the camera does not move: its path spans {100 * extent / distance:.2g} % of the scene's median depth, "
+            f"{100 * MIN_PARALLAX:g} % is needed"
+        )
+
+
+def _pnp_input(points_world: Any, confidence: Any, intrinsics: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points as float64, confidence with 0 where unusable, lens as float64."""
+    if hasattr(points_world, "detach"):
+        points_world = points_world.detach().cpu().double().numpy()
+    points, weight, lens = np.asarray(points_world, np.float64), to_numpy(confidence), np.asarray(intrinsics, np.float64)
+    if points.ndim != 3 or points.shape != (*weight.shape, 3) or lens.shape != (3, 3):
+        raise ValueError(
+            f"solve_pnp: expected points [H,W,3], confidence [H,W], intrinsics [3,3], "
+            f"got {points.shape}, {weight.shape}, {lens.shape}"
+        )
+    if not (np.isfinite(lens).all() and lens[0, 0] > 0 and lens[1, 1] > 0):
+        raise ValueError(f"solve_pnp: not intrinsics of a camera: {lens.tolist()}")
+    good = np.isfinite(points).all(-1) & np.isfinite(weight) & (weight > 0)
+    return points, np.where(good, weight, 0), lens
+
+
+def _confident(usable: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """At most PNP_PIXELS of the more confident half of the usable pixels, evenly spread."""
+    better = usable[weight[usable] >= np.median(weight[usable])]
+    if len(better) < MIN_POINTS:
+        better = usable
+    return better[np.linspace(0, len(better) - 1, min(PNP_PIXELS, len(better))).astype(int)]
+
+
+def _require_spread(points: np.ndarray) -> None:
+    centred = points - np.median(points, axis=0)
+    near = centred[length(centred) <= 3 * np.median(length(centred))]
+    widths = np.sqrt(np.linalg.svd(near, compute_uv=False) ** 2 / len(near))
+    if not widths[1] > 1e-6 * max(widths[0], float(np.abs(points).max()) * 1e-3):
+        raise PnPError("the points are one point or lie on a line")
+
+
+def _polish(
+    points: np.ndarray, pixels: np.ndarray, lens: np.ndarray, rotation: np.ndarray, translation: np.ndarray, inliers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """LM on the inliers, and again on those within three times their median error: outliers that passed by chance go."""
+    centre = points[inliers].mean(0)
+    spread = float(length(points[inliers] - centre).mean())
+    scaled = (points - centre) / spread
+    vector, shift = cv2.Rodrigues(rotation)[0], (translation + rotation @ centre)[:, None] / spread
+    criteria = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_COUNT, 50, 1e-12)
+    for _ in range(3):
+        vector, shift = cv2.solvePnPRefineLM(scaled[inliers], pixels[inliers], lens, None, vector, shift, criteria)
+        error = _reprojection(scaled, pixels, lens, np.asarray(cv2.Rodrigues(vector)[0]), shift.ravel())
+        tight = error <= max(3 * float(np.median(error[inliers])), 1e-6)
+        if tight.sum() < MIN_POINTS:
+            break
+        inliers = tight
+    rotation = np.asarray(cv2.Rodrigues(vector)[0])
+    return rotation, spread * shift.ravel() - rotation @ centre
+
+
+def _reprojection(
+    points: np.ndarray, pixels: np.ndarray, lens: np.ndarray, rotation: np.ndarray, translation: np.ndarray
+) -> np.ndarray:
+    """Distance in pixels [n], infinite for points behind the camera."""
+    projected = (points @ rotation.T + translation) @ lens.T
+    front = projected[:, 2] > 0
+    image = projected[:, :2] / np.where(front, projected[:, 2], 1)[:, None]
+    return np.where(front, np.hypot(*(image - pixels).T), np.inf)

@@ -1,0 +1,142 @@
+"""Whether an annotation is good enough to train on, and its change to clip units."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fw_model.cameras import unproject
+from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+
+MAX_INTERPOLATED = 0.2  # share of frames whose pose was filled in from their neighbours
+MIN_VALID = 0.2  # share of pixels with a depth
+MAX_REPROJECTION = 2.0  # pixels of the annotation image, median over the frames
+GRID_TOLERANCE = 0.5  # pixels: how far a frame's own points may land from the pixels they came from
+NEIGHBOUR_TOLERANCE = 0.1  # relative depth disagreement between neighbouring frames, median
+
+
+def check_geometry(geometry: ClipGeometry) -> dict[str, float]:
+    """The clip's quality numbers.
+
+    Returns:
+        inlier_ratio (mean), reprojection_error (median, pixels), interpolated (share of frames), valid_fraction (share of
+        pixels), neighbour_error (median relative depth disagreement with the next frame).
+
+    Raises:
+        RejectedClip: a value is not finite or misses its bar; the message has the numbers.
+    """
+    for name in ("w2c", "intrinsics", "depth", "confidence", "inlier_ratio", "reprojection_error"):
+        if not np.isfinite(getattr(geometry, name)).all():
+            raise RejectedClip(f"geometry: {name} has values that are not finite")
+    numbers = {
+        "inlier_ratio": float(geometry.inlier_ratio.mean()),
+        "reprojection_error": float(np.median(geometry.reprojection_error)),
+        "interpolated": float(geometry.interpolated.mean()),
+        "valid_fraction": float((geometry.depth > 0).mean()),
+    }
+    failed = []
+    if numbers["interpolated"] > MAX_INTERPOLATED:
+        failed.append(f"{numbers['interpolated']:.0%} of the frames could not be posed (at most {MAX_INTERPOLATED:.0%})")
+    if numbers["valid_fraction"] < MIN_VALID:
+        failed.append(f"depth for {numbers['valid_fraction']:.0%} of the pixels (at least {MIN_VALID:.0%})")
+    if numbers["reprojection_error"] > MAX_REPROJECTION:
+        failed.append(f"reprojection error {numbers['reprojection_error']:.2f} px (at most {MAX_REPROJECTION:g})")
+    if not failed:
+        numbers["neighbour_error"] = neighbour_error(geometry.depth, geometry.intrinsics, geometry.w2c)
+        if not numbers["neighbour_error"] <= NEIGHBOUR_TOLERANCE:
+            failed.append(
+                f"neighbouring frames disagree by {numbers['neighbour_error']:.0%} in depth (at most {NEIGHBOUR_TOLERANCE:.0%})"
+            )
+    if failed:
+        raise RejectedClip("geometry not good enough: " + "; ".join(failed))
+    return numbers
+
+
+def check_consistency(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> None:
+    """Raise RejectedClip unless depth, intrinsics and poses describe one world seen from its first camera.
+
+    World points of frame t, projected by w2c_t, must land on their own pixels (within 0.5 px: what rounding to float16 and
+    float32 may cost); the first pose is the identity, rotations are rotations, everything is finite.
+
+    Args:
+        depth: [T, H, W], 0 = invalid.
+        intrinsics: [T, 3, 3] pixels.
+        w2c: [T, 3, 4].
+    """
+    for name, value in (("depth", depth), ("intrinsics", intrinsics), ("w2c", w2c)):
+        if not np.isfinite(value).all():
+            raise RejectedClip(f"{name} has values that are not finite")
+    if (depth < 0).any():
+        raise RejectedClip("depth has negative values")
+    if not (depth > 0).any():
+        raise RejectedClip("not a single pixel has a depth")
+    if not np.allclose(w2c[0], np.eye(3, 4), atol=1e-6):
+        raise RejectedClip("the first camera is not the identity")
+    rotation = w2c[:, :, :3].astype(np.float64)
+    skew = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
+    if skew > 1e-3 or (np.linalg.det(rotation) < 0).any():
+        raise RejectedClip(f"w2c holds matrices that are no rotations (off by {skew:.2g})")
+    points = _world(depth, intrinsics, w2c)
+    uv, z = _project(points, intrinsics, w2c)
+    off = np.abs(uv - _grid(*depth.shape[1:])).max(-1)
+    bad = (depth > 0) & ((off > GRID_TOLERANCE) | (np.abs(z - depth) > 0.01 * depth))
+    if bad.any():
+        t = int(bad.reshape(len(bad), -1).any(1).argmax())
+        raise RejectedClip(f"points of frame {t} land up to {off[t][depth[t] > 0].max():.2f} px from their pixels")
+
+
+def neighbour_error(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> float:
+    """Median relative disagreement of each frame's points with the depth the next frame has where they land.
+
+    Args as `check_consistency`. NaN when no point lands on a pixel with a depth.
+    """
+    errors = []
+    _, height, width = depth.shape
+    for t in range(len(depth) - 1):
+        points = _world(depth[t : t + 1], intrinsics[t : t + 1], w2c[t : t + 1])
+        uv, z = _project(points, intrinsics[t + 1 : t + 2], w2c[t + 1 : t + 2])
+        column, row = np.floor(uv[0, ..., 0]), np.floor(uv[0, ..., 1])
+        inside = (depth[t] > 0) & (z[0] > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        other = depth[t + 1][row[inside].astype(int), column[inside].astype(int)]
+        errors.append((np.abs(other - z[0][inside]) / z[0][inside])[other > 0])
+    joined = np.concatenate(errors) if errors else np.empty(0)
+    return float(np.median(joined)) if len(joined) else float("nan")
+
+
+def to_clip_units(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Divide depth and translations by the mean distance of the clip's valid points from its first camera.
+
+    Args as `check_consistency`, in the annotator's units.
+
+    Returns:
+        (depth, w2c, scale): in clip units, and what they were divided by.
+
+    Raises:
+        RejectedClip: no valid point, or a distance that is not finite.
+    """
+    valid = depth > 0
+    if not valid.any():
+        raise RejectedClip("not a single pixel has a depth")
+    scale = float(np.linalg.norm(_world(depth, intrinsics, w2c)[valid], axis=-1).mean())
+    if not np.isfinite(scale) or scale <= 0:
+        raise RejectedClip(f"mean distance of the clip's points is {scale}")
+    moved = np.array(w2c, copy=True)
+    moved[:, :, 3] /= scale
+    return depth / scale, moved, scale
+
+
+def _world(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> np.ndarray:
+    parts = (torch.from_numpy(np.asarray(a, np.float64)) for a in (depth, intrinsics, w2c))
+    return unproject(*parts).numpy()
+
+
+def _project(points: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """World points [T, H, W, 3] -> positions [T, H, W, 2] in their own frame's image, and z [T, H, W]."""
+    camera = np.einsum("tij,thwj->thwi", w2c[:, :, :3].astype(np.float64), points) + w2c[:, None, None, :, 3]
+    pixel = np.einsum("tij,thwj->thwi", intrinsics.astype(np.float64), camera)
+    return pixel[..., :2] / np.maximum(pixel[..., 2:], 1e-12), camera[..., 2]
+
+
+def _grid(height: int, width: int) -> np.ndarray:
+    """Pixel centres [H, W, 2] as (u, v)."""
+    return np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)

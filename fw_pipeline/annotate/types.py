@@ -1,0 +1,105 @@
+"""What flows through annotation, and the two roles an annotator can play.
+
+Conventions, everywhere in this project:
+- Pixel (row v, column u) has its centre at image position (u + 0.5, v + 0.5); intrinsics are in pixels of the image they
+  go with, K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
+- `w2c` is world-to-camera [3, 4] with OpenCV axes (x right, y down, z forward): x_cam = R x_world + t.
+- The world of a clip is its first camera: w2c[0] is the identity.
+- Depth is z-depth (distance along the optical axis), 0 where unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class RejectedVideo(ValueError):
+    """A file that gives no clip (not a video, truncated, too short, ...). The message is the reason shown to the user."""
+
+
+class RejectedClip(ValueError):
+    """A clip that cannot be annotated truthfully (static camera, too few registered frames, ...). It is quarantined with
+    this message and never given made-up poses."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """T frames of one shot, given as times in the source video; nothing is re-encoded.
+
+    `height`, `width`, `len(timestamps)` are the bucket. The frames of the bucket are the source frames (after applying
+    the container's rotation), resized by one factor to cover the bucket and then centre-cropped; see `FrameTransform`.
+    """
+
+    clip_id: str  # "<video_key>-s<shot>-c<index>", unique in a dataset and safe as a file name
+    video: str  # path relative to the videos folder, with forward slashes
+    video_xxh64: str  # of the whole file, so that a replaced video is noticed
+    shot: int
+    fps: float
+    timestamps: tuple[float, ...]  # seconds, presentation time of the source frame chosen for each clip frame
+    source_height: int
+    source_width: int
+    height: int
+    width: int
+
+    @property
+    def frames(self) -> int:
+        return len(self.timestamps)
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """Cameras and geometry's own depth of one clip at the annotation size h x w, in arbitrary but single units.
+
+    Raises nothing itself; `fw_pipeline.annotate.quality.check_geometry` decides whether it is good enough.
+    """
+
+    w2c: np.ndarray  # [T, 3, 4] float64, w2c[0] = identity
+    intrinsics: np.ndarray  # [T, 3, 3] float64, pixels of the h x w image
+    depth: np.ndarray  # [T, h, w] float32, z-depth, 0 = unknown
+    confidence: np.ndarray  # [T, h, w] float32 in [0, 1], 0 where depth is 0
+    inlier_ratio: np.ndarray  # [T] share of a frame's 2-D/3-D matches that fit its pose
+    reprojection_error: np.ndarray  # [T] median, pixels of the h x w image
+    interpolated: np.ndarray  # [T] bool, pose filled in from its neighbours because its own could not be solved
+
+
+@dataclass(frozen=True)
+class ClipDepth:
+    """Final depth of one clip at the annotation size, in the units of the geometry it was aligned to."""
+
+    depth: np.ndarray  # [T, h, w] float32, z-depth, 0 = unknown
+    confidence: np.ndarray  # [T, h, w] float32 in [0, 1]
+    source: np.ndarray  # [T] uint8 index into SOURCES: whose depth each frame carries
+    scale: np.ndarray  # [T] float32: 1/z = scale * disparity + shift (1 and 0 where no disparity network ran)
+    shift: np.ndarray  # [T] float32
+    inlier_ratio: np.ndarray  # [T] float32
+    residual: np.ndarray  # [T] float32, median relative error of the fit
+
+    SOURCES = ("geometry", "depth-anything-v2")
+
+
+class GeometryEngine(Protocol):
+    """Gives cameras and geometric depth: `colmap`, `dust3r`."""
+
+    name: str
+    version: str  # changes when results would: code version plus model id and revision, if any
+
+    def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
+        """frames [T, h, w, 3] uint8 RGB; intrinsics [3, 3] pixels when known, else estimated.
+
+        Raises RejectedClip with the reason when no trustworthy geometry exists.
+        """
+        ...
+
+
+class DepthEngine(Protocol):
+    """Gives the final depth: `depth-anything-v2` aligned to the geometry, or the geometry's own (`geometry`)."""
+
+    name: str
+    version: str
+
+    def estimate(self, frames: np.ndarray, geometry: ClipGeometry) -> ClipDepth:
+        """frames [T, h, w, 3] uint8 RGB at the same size as `geometry`."""
+        ...

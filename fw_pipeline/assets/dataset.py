@@ -1,0 +1,46 @@
+"""Dataset: encoder outputs per video, then everything packed into shards."""
+
+import dagster as dg
+
+from fw_pipeline.assets.annotation import depth
+from fw_pipeline.assets.each_video import for_each_video, per_video_asset
+from fw_pipeline.assets.videos import clips
+from fw_pipeline.resources import PipelineResource
+
+
+@per_video_asset("dataset", deps=[clips], pool="gpu")
+def latents(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> None:
+    """VAE latents, prompt embedding and first-frame features of each clip, so that training never loads an encoder."""
+    for_each_video(context, pipeline, "latents")
+
+
+@dg.asset(deps=[depth, latents], group_name="dataset", kinds={"parquet"})
+def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> dg.MaterializeResult:
+    """The sharded dataset: manifest.parquet and payload shards, split by video. Its data version is the manifest's digest."""
+    from tqdm import tqdm
+
+    from fw_model.data.manifest import dataset_digest
+    from fw_pipeline.pipeline import MissingInput
+
+    built = pipeline.build()
+    try:
+        result = built.pack(progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
+    except MissingInput as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    for name, reason in result.quarantined.items():
+        context.log.warning("set aside %s: %s", name, reason)
+    if result.not_annotated:
+        context.log.warning("not annotated yet, left out: %s", ", ".join(result.not_annotated))
+    digest = dataset_digest(built.store.dataset)
+    listing = "\n".join(f"- `{name}`: {reason}" for name, reason in result.quarantined.items()) or "none"
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest),
+        metadata={
+            "clips": result.clips,
+            "quarantined": len(result.quarantined),
+            "reasons": dg.MetadataValue.md(listing),
+            "not annotated": len(result.not_annotated),
+            "folder": dg.MetadataValue.path(str(built.store.dataset)),
+            "digest": digest,
+        },
+    )

@@ -1,0 +1,71 @@
+"""The loop that every per-video asset is: one run, many videos, each reported as soon as it is finished."""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import dagster as dg
+from tqdm import tqdm
+
+from fw_pipeline.launch import LAUNCH
+from fw_pipeline.partitions import video_partitions
+from fw_pipeline.resources import PipelineResource
+from fw_pipeline.store import Done, StepName
+
+
+def per_video_asset(group: str, deps: Sequence[dg.AssetsDefinition] = (), pool: str | None = None) -> Callable[..., Any]:
+    """`dg.asset` for a step that is made video by video: one partition each, and one run for as many as are asked for."""
+    return dg.asset(
+        deps=deps,
+        group_name=group,
+        pool=pool,
+        kinds={"python"},
+        partitions_def=video_partitions,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+
+
+def for_each_video(context: dg.AssetExecutionContext, resource: PipelineResource, step: StepName) -> None:
+    """Run one step for the run's partitions.
+
+    A video that fails does not stop the others; the step then fails at its end naming all of them. What is finished is
+    recorded per video at once, because a run records nothing by itself until its end.
+    """
+    if not (context.has_partition_key or context.has_partition_key_range):
+        raise dg.Failure(f"{step}: the run names no videos. Choose partitions in the UI, or run: {LAUNCH} {context.job_name}")
+    pipeline = resource.build()
+    keys = context.partition_keys
+    failed: dict[str, str] = {}
+    for key in tqdm(keys, desc=step, unit="video", disable=None):
+        try:
+            done = pipeline.run(step, key)
+        except Exception as error:
+            context.log.exception("%s failed for %s", step, key)
+            failed[key] = f"{type(error).__name__}: {error}"
+            continue
+        metadata = describe(done)
+        context.add_asset_metadata(metadata, partition_key=key)
+        context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
+        context.log.info("%s %s: %d clips, %s", step, done.video, metadata["clips"], metadata["set aside"] or "none set aside")
+    if failed:
+        listing = "\n".join(f"  {key}: {reason}" for key, reason in failed.items())
+        raise dg.Failure(f"{step} failed for {len(failed)} of {len(keys)} videos; the others are finished:\n{listing}")
+
+
+def describe(done: Done) -> dict[str, int | float | str]:
+    """Metadata of one finished video: counts, reasons, and the mean of every quality number over its clips."""
+    good = [status for status in done.clips if not status.quarantined]
+    aside = [f"{status.clip_id}: {status.quarantined}" for status in done.clips if status.quarantined]
+    if done.rejected:
+        aside.append(done.rejected)
+    names = sorted({name for status in good for name in status.quality})
+    numbers = {name: fmean(s.quality[name] for s in good if name in s.quality) for name in names}
+    return {
+        "video": done.video,
+        "clips": len(good),
+        "quarantined": len(done.clips) - len(good),
+        "set aside": "; ".join(aside),
+        "made by": done.made_by,
+        "seconds": done.seconds,
+        **numbers,
+    }

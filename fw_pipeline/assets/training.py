@@ -1,0 +1,57 @@
+"""Training: shards -> stage 1 checkpoint -> stage 2 checkpoint, each in processes of its own."""
+
+import dagster as dg
+
+from fw_model.config import Stage
+from fw_pipeline.assets.dataset import training_shards
+from fw_pipeline.assets.pictures import picture
+from fw_pipeline.resources import PipelineResource
+
+
+@dg.asset(deps=[training_shards], group_name="train", kinds={"pytorch"}, pool="gpu")
+def stage1_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource, pipes: dg.PipesSubprocessClient
+) -> dg.MaterializeResult:
+    """Latent bridging: the geometry branch learns on a frozen backbone."""
+    return run_training(context, pipeline, pipes, "stage1")
+
+
+@dg.asset(deps=[training_shards, stage1_checkpoint], group_name="train", kinds={"pytorch"}, pool="gpu")
+def stage2_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource, pipes: dg.PipesSubprocessClient
+) -> dg.MaterializeResult:
+    """Unified co-optimization: camera adapters and bidirectional cross-attention join the geometry branch."""
+    return run_training(context, pipeline, pipes, "stage2")
+
+
+def run_training(
+    context: dg.AssetExecutionContext, resource: PipelineResource, pipes: dg.PipesSubprocessClient, stage: Stage
+) -> dg.MaterializeResult:
+    """Check the prerequisites, train in a subprocess that resumes by itself, report what its result.json says."""
+    from fw_model.visualize import loss_curve_png
+    from fw_pipeline.settings import PROJECT
+    from fw_pipeline.training import MissingPrerequisite, plan_training
+
+    try:
+        plan = plan_training(resource.settings(), stage)
+    except MissingPrerequisite as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    plan.write_preset()
+    context.log.info("output: %s", plan.output)
+    if plan.stage1_checkpoint:
+        context.log.info("starts from %s", plan.stage1_checkpoint)
+    pipes.run(command=plan.command(), context=context, cwd=str(PROJECT))
+    result = plan.result()
+    if result is None:
+        raise dg.Failure(f"{stage}: training ended without {plan.output / 'result.json'}; launch the job again to resume it")
+    losses = {f"{name} {when}": value for when in ("before", "after") for name, value in result["validation"][when].items()}
+    return dg.MaterializeResult(
+        metadata={
+            "checkpoint": dg.MetadataValue.path(str(plan.output / result["checkpoint"])),
+            "steps": result["steps"],
+            "seconds": result["seconds"],
+            "loss curves": picture(loss_curve_png(plan.output / "metrics.jsonl")),
+            "dataset": result["dataset_digest"],
+            **losses,
+        }
+    )

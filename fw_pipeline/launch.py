@@ -1,0 +1,101 @@
+"""Launch jobs from the command line, one after the other, for all videos in the folder:
+
+    python -m fw_pipeline.launch annotate_videos build_dataset
+
+The per-video assets are partitioned, and one run for many videos is a run over a range of partitions. This registers the
+folder's videos and names the range; `dagster job execute` alone has no way to say it. Jobs without partitions run as they
+do there. Runs are recorded in the instance at DAGSTER_HOME.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+import dagster as dg
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+
+from fw_pipeline.partitions import video_partitions
+
+LAUNCH = "python -m fw_pipeline.launch"
+
+
+def range_tags(known: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
+    """Run tags of the smallest range of partitions that holds all `keys`, new ones being added behind the `known` ones.
+
+    What lies between them and is up to date is skipped by the assets. Raises ValueError without keys.
+    """
+    if not keys:
+        raise ValueError("no videos to launch a run for")
+    order = [*known, *sorted(set(keys) - set(known))]
+    places = sorted(order.index(key) for key in keys)
+    return {ASSET_PARTITION_RANGE_START_TAG: order[places[0]], ASSET_PARTITION_RANGE_END_TAG: order[places[-1]]}
+
+
+def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str]:
+    """Add the videos as partitions and return the tags of a run over them."""
+    name = video_partitions.name or "video"
+    tags = range_tags(instance.get_dynamic_partitions(name), keys)
+    instance.add_dynamic_partitions(name, sorted(set(keys) - set(instance.get_dynamic_partitions(name))))
+    return tags
+
+
+def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO") -> list[str]:
+    """Run one job here and wait for it; returns what failed, steps and checks, in words.
+
+    Raises:
+        MissingInput: there are no videos.
+    """
+    from fw_pipeline.definitions import defs
+    from fw_pipeline.resources import PipelineResource
+
+    job = defs.resolve_job_def(job_name)
+    tags = {}
+    if job.partitions_def is not None:
+        tags = register(instance, sorted(PipelineResource().build().require_videos()))
+    config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
+    result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
+    failed = [f"{job_name}: {_reason(event)}" for event in result.all_events if event.is_step_failure]
+    for check in result.get_asset_check_evaluations():
+        name = f"{check.asset_key.to_user_string()}: {check.check_name}"
+        print(f"  check {name}: {'passed' if check.passed else 'FAILED'} {check.description or ''}", flush=True)
+        if not check.passed:
+            failed.append(f"check {name} ({check.description})")
+    if not result.success and not failed:
+        failed.append(f"{job_name}: failed; see the log above")
+    return failed
+
+
+def _reason(event: dg.DagsterEvent) -> str:
+    """The message of a failed step without its stack (the log above has it)."""
+    error = event.step_failure_data.error
+    return f"{event.step_key}: {(error.cause or error).message.strip() if error else 'failed'}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exits 0 when every job and check passed, 1 at the first job that did not."""
+    from fw_model.config import ConfigError
+    from fw_pipeline.jobs import JOBS
+
+    parser = argparse.ArgumentParser(prog=LAUNCH, description="Launch jobs for all videos in the folder, in this order.")
+    parser.add_argument("jobs", nargs="+", choices=[job.name for job in JOBS], metavar="JOB", help="%(choices)s")
+    args = parser.parse_args(argv)
+    from fw_pipeline.pipeline import MissingInput
+
+    warnings.filterwarnings("ignore", category=dg.BetaWarning)
+    warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+    with dg.DagsterInstance.get() as instance:
+        for number, name in enumerate(args.jobs, 1):
+            print(f"\n[{number}/{len(args.jobs)}] {name}", flush=True)
+            try:
+                failed = launch(instance, name)
+            except (MissingInput, ConfigError) as error:
+                failed = [f"{name}: {error}"]
+            if failed:
+                print("\nfailed:\n  " + "\n  ".join(failed), file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

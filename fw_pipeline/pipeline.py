@@ -1,0 +1,355 @@
+"""The steps from a video to the packed dataset, one method each, free of Dagster.
+
+    clips -> geometry -> depth -> pack
+         \\-> latents ----------/
+
+A step does one video at a time, skips it when its result is already there and made from the same inputs, and either
+finishes it, sets the video or single clips aside with a reason (`RejectedVideo`, `RejectedClip`), or raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fw_model.config import Preset
+from fw_model.data.schema import ClipRecord
+from fw_model.data.shards import ShardWriter
+from fw_model.data.splits import assign_splits
+from fw_pipeline.annotate import clips as clip_io
+from fw_pipeline.annotate import quality
+from fw_pipeline.annotate.colmap import ColmapEngine
+from fw_pipeline.annotate.depth import GeometryDepth
+from fw_pipeline.annotate.truth import compare_with_truth
+from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.settings import Settings
+from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, write_done
+
+CODE_VERSION = 1  # raise when a step's results change for the same inputs
+
+
+class MissingInput(RuntimeError):
+    """A step was asked for before the one it needs; the message names the job to run."""
+
+
+@dataclass(frozen=True)
+class FinishedClip:
+    """What the depth step stores of a clip: the bucket's size, clip units, ready to pack."""
+
+    depth: np.ndarray  # [T, H, W] float16, 0 = invalid
+    confidence: np.ndarray  # [T, H, W] uint8
+    intrinsics: np.ndarray  # [T, 3, 3] float32
+    w2c: np.ndarray  # [T, 3, 4] float32, first = identity
+    scale: np.ndarray  # [] float64, annotator's units per clip unit
+    source: np.ndarray  # [T] uint8, ClipDepth.SOURCES
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """What the latents step stores of a clip."""
+
+    latents: np.ndarray  # [16, F, H/8, W/8] float16
+    text: np.ndarray  # [L, D] float16
+    image: np.ndarray  # [N, C] float16
+
+
+@dataclass
+class PackResult:
+    """What went into the dataset and what did not."""
+
+    clips: int = 0
+    quarantined: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
+    not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
+
+
+class Pipeline:
+    """All steps under one configuration. Models are built on first use and kept for the following videos."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.preset: Preset = settings.load_preset()
+        self.store = Store(settings.data)
+        self._hashes: dict[str, str] = {}
+
+    @cached_property
+    def geometry_engine(self) -> GeometryEngine:
+        return ColmapEngine(device=self.settings.device)
+
+    @cached_property
+    def depth_engine(self) -> DepthEngine:
+        return GeometryDepth()
+
+    @cached_property
+    def encoders(self) -> Any:
+        from fw_model.encoders import Encoders
+
+        return Encoders.from_config(self.preset.encoders, self.preset.model.wan.text_len, self.settings.device)
+
+    @cached_property
+    def videos(self) -> dict[str, str]:
+        """Video key -> path relative to the videos folder, for every file that looks like a video (listed once)."""
+        folder = self.settings.videos
+        if not folder.is_dir():
+            raise MissingInput(f"no videos folder at {folder}; put videos there or set FW_VIDEOS to a folder that has some")
+        return {clip_io.video_key(path): path for path in clip_io.find_videos(folder)}
+
+    def require_videos(self) -> dict[str, str]:
+        """`videos`, or MissingInput when the folder has none."""
+        if not self.videos:
+            raise MissingInput(f"no videos in {self.settings.videos}; put some there or set FW_VIDEOS to a folder that has some")
+        return self.videos
+
+    # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def run(self, step: StepName, key: str) -> Done:
+        """Bring one step of one video up to date and return its marker.
+
+        Raises MissingInput when the step before it has not run. Any other exception is a fault of the step: nothing is
+        written and the old result, if any, stays.
+        """
+        wanted = self.fingerprint(step, key)
+        done = self.store.done(step, key)
+        if done is not None and done.fingerprint == wanted:
+            return done
+        started = time.perf_counter()
+        work: Callable[[str, Path], Done] = {
+            "clips": self._clips,
+            "geometry": self._geometry,
+            "depth": self._depth,
+            "latents": self._latents,
+        }[step]
+        with self.store.writing(step, key) as folder:
+            done = work(key, folder).model_copy(update={"fingerprint": wanted, "seconds": time.perf_counter() - started})
+            write_done(folder, done)
+        return done
+
+    def is_stale(self, step: StepName, key: str) -> bool:
+        """True when the step's result is missing or was made from other inputs, settings or code."""
+        done = self.store.done(step, key)
+        try:
+            return done is None or done.fingerprint != self.fingerprint(step, key)
+        except MissingInput:
+            return True
+
+    def fingerprint(self, step: StepName, key: str) -> str:
+        """Hash of everything the step's result depends on."""
+        if step == "clips":
+            parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json")]
+        elif step == "geometry":
+            parts = [self._input("clips", key).fingerprint, self.geometry_engine.version, self.settings.annotation_long_side]
+        elif step == "depth":
+            parts = [self._input("geometry", key).fingerprint, self.depth_engine.version]
+        else:
+            encoders = self.preset.encoders.model_dump(mode="json")
+            parts = [self._input("clips", key).fingerprint, encoders, self.preset.model.wan.text_len, self._prompt(key)]
+        return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _clips(self, key: str, folder: Path) -> Done:
+        video = self.videos[key]
+        done = Done(video=video, fingerprint="", made_by=f"clips:{CODE_VERSION}")
+        try:
+            clips = clip_io.cut_clips(self._path(key), self.settings.videos, self.preset.clip, key)
+        except RejectedVideo as error:
+            return done.model_copy(update={"rejected": str(error)})
+        (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
+        return done.model_copy(update={"clips": [ClipStatus(clip_id=clip.clip_id) for clip in clips]})
+
+    def _geometry(self, key: str, folder: Path) -> Done:
+        engine = self.geometry_engine
+
+        def annotate(clip: Clip) -> dict[str, float]:
+            frames = self._frames(key, clip)
+            geometry = engine.estimate(frames)
+            numbers = quality.check_geometry(geometry)
+            save_arrays(folder / f"{clip.clip_id}.npz", geometry)
+            return numbers
+
+        return self._each_clip("clips", key, f"{engine.name}:{engine.version}", annotate)
+
+    def _depth(self, key: str, folder: Path) -> Done:
+        engine = self.depth_engine
+
+        def annotate(clip: Clip) -> dict[str, float]:
+            geometry = load_arrays(self.store.folder("geometry", key) / f"{clip.clip_id}.npz", ClipGeometry)
+            result = engine.estimate(self._frames(key, clip), geometry)
+            finished = finish_clip(clip, geometry, result)
+            save_arrays(folder / f"{clip.clip_id}.npz", finished)
+            return {"valid_fraction": float((finished.depth > 0).mean()), "scale": float(finished.scale)}
+
+        return self._each_clip("geometry", key, f"{engine.name}:{engine.version}", annotate)
+
+    def _latents(self, key: str, folder: Path) -> Done:
+        prompt = self._prompt(key)
+
+        def encode(clip: Clip) -> dict[str, float]:
+            frames = clip_io.read_frames(self._path(key), clip, clip.height, clip.width)
+            latents, image = self.encoders.encode_video(frames), self.encoders.encode_image(frames[0])
+            encoded = EncodedClip(latents, self.encoders.encode_text(prompt), image)
+            save_arrays(folder / f"{clip.clip_id}.npz", encoded)
+            return {"latent_std": float(latents.astype(np.float32).std())}
+
+        return self._each_clip("clips", key, self.preset.encoders.weights.identity, encode)
+
+    def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
+        """Run `work` on every clip that the step before let through; a RejectedClip sets that clip aside, no other."""
+        before = self._input(source, key)
+        done = Done(video=before.video, fingerprint="", made_by=made_by, rejected=before.rejected)
+        statuses = []
+        for clip in self.clips_of(key, before):
+            try:
+                statuses.append(ClipStatus(clip_id=clip.clip_id, quality=work(clip)))
+            except RejectedClip as error:
+                statuses.append(ClipStatus(clip_id=clip.clip_id, quarantined=str(error)))
+        statuses += [status for status in before.clips if status.quarantined]
+        return done.model_copy(update={"clips": statuses})
+
+    # ---- the dataset -----------------------------------------------------------------------------------------------
+
+    def pack(self, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> PackResult:
+        """Write every annotated clip into the sharded dataset, and every one set aside into its manifest with the reason.
+
+        Raises MissingInput when not a single clip is ready.
+        """
+        result = PackResult()
+        ready: dict[str, str] = {}
+        for key, video in self.videos.items():
+            if any(self.is_stale(step, key) for step in ("clips", "geometry", "depth", "latents")):
+                result.not_annotated.append(video)
+            else:
+                ready[key] = video
+        usable = {key for key in ready if any(not c.quarantined for c in self._input("depth", key).clips)}
+        if not usable:
+            reasons = [f"  {video}: {reason}" for key, video in ready.items() for reason in self._reasons(key).values()]
+            raise MissingInput(
+                f"no annotated clip to pack from {self.settings.videos} ({len(ready)} videos annotated, "
+                f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(reasons)
+            )
+        splits = assign_splits([ready[key] for key in sorted(usable)], self.settings.val_percent)
+        with ShardWriter(self.store.dataset) as writer:
+            for key in progress(ready):
+                for name, reason in self._reasons(key).items():
+                    result.quarantined[name] = reason
+                    writer.quarantine(name, ready[key], reason)
+                if key in usable:
+                    for record in self._records(key):
+                        writer.add(record, splits[record.video])
+                        result.clips += 1
+        return result
+
+    def _reasons(self, key: str) -> dict[str, str]:
+        depth = self._input("depth", key)
+        if depth.rejected:
+            return {key: depth.rejected}
+        return {status.clip_id: status.quarantined for status in depth.clips if status.quarantined}
+
+    def _records(self, key: str) -> Iterator[ClipRecord]:
+        geometry, depth, latents = (self._input(step, key) for step in ("geometry", "depth", "latents"))
+        measured = {status.clip_id: status.quality for status in geometry.clips}
+        for clip in self.clips_of(key, depth):
+            finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
+            encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", EncodedClip)
+            names = ("depth", "confidence", "intrinsics", "w2c")
+            yield ClipRecord(
+                clip_id=clip.clip_id,
+                video=clip.video,
+                fps=clip.fps,
+                scale=float(finished.scale),
+                prompt=self._prompt(key),
+                arrays={name: getattr(finished, name) for name in names} | vars(encoded),
+                quality=measured[clip.clip_id],
+                versions={"geometry": geometry.made_by, "depth": depth.made_by, "encoders": latents.made_by},
+            )
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def finished_clips(self) -> Iterator[tuple[str, Clip, FinishedClip]]:
+        """(video key, clip, arrays) of every clip in the folder that came through the depth step."""
+        for key in self.videos:
+            done = self.store.done("depth", key)
+            for clip in self.clips_of(key, done) if done is not None else []:
+                yield key, clip, load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
+
+    def truth_errors(self) -> dict[str, dict[str, float]]:
+        """Clip id -> errors against ground truth, for the clips whose video has one."""
+        errors = {
+            clip.clip_id: compare_with_truth(self._path(key), clip, finished.depth.astype(np.float32), finished.w2c)
+            for key, clip, finished in self.finished_clips()
+        }
+        return {clip_id: numbers for clip_id, numbers in errors.items() if numbers is not None}
+
+    def consistency_faults(self) -> dict[str, str]:
+        """Clip id -> what is inconsistent, for the finished clips that are not."""
+        faults = {}
+        for _, clip, finished in self.finished_clips():
+            try:
+                quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
+            except RejectedClip as error:
+                faults[clip.clip_id] = str(error)
+        return faults
+
+    # ---- reading what is there -------------------------------------------------------------------------------------
+
+    def clips_of(self, key: str, done: Done) -> list[Clip]:
+        """The clips of a video that `done`'s step did not set aside."""
+        path = self.store.folder("clips", key) / "clips.json"
+        if not path.is_file():
+            return []
+        aside = {status.clip_id for status in done.clips if status.quarantined}
+        clips = clip_io.clips_from_json(json.loads(path.read_text(encoding="utf-8")))
+        return [clip for clip in clips if clip.clip_id not in aside]
+
+    def _input(self, step: StepName, key: str) -> Done:
+        done = self.store.done(step, key)
+        if done is None:
+            raise MissingInput(f"{key}: {step} has not been made yet. Run: python -m fw_pipeline.launch annotate_videos")
+        return done
+
+    def _path(self, key: str) -> Path:
+        if key not in self.videos:
+            raise MissingInput(f"{key}: its video is no longer in {self.settings.videos}; put it back or delete the partition")
+        return self.settings.videos / self.videos[key]
+
+    def _hash(self, key: str) -> str:
+        if key not in self._hashes:
+            self._hashes[key] = clip_io.file_xxh64(self._path(key))
+        return self._hashes[key]
+
+    def _prompt(self, key: str) -> str:
+        """The text of `name.txt` beside `name.mp4`; empty when there is none."""
+        path = self._path(key).with_suffix(".txt")
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+    def _frames(self, key: str, clip: Clip) -> np.ndarray:
+        """The clip's frames at the annotation size [T, h, w, 3] uint8."""
+        height, width = clip_io.annotation_size(clip, self.settings.annotation_long_side)
+        return clip_io.read_frames(self._path(key), clip, height, width)
+
+
+def finish_clip(clip: Clip, geometry: ClipGeometry, result: ClipDepth) -> FinishedClip:
+    """From the annotation size and units to the bucket's size and clip units.
+
+    The annotation size has the bucket's aspect, so this is one scaling; depth is sampled, never averaged across edges.
+    Raises RejectedClip when the packed clip would not be consistent (see quality.check_consistency).
+    """
+    _, height, width = result.depth.shape
+    transform = clip_io.FrameTransform(height, width, clip.height, clip.width)
+    intrinsics = transform.intrinsics_to_target(geometry.intrinsics)
+    depth, w2c, scale = quality.to_clip_units(transform.depth_to_target(result.depth), intrinsics, geometry.w2c)
+    finished = FinishedClip(
+        depth=depth.astype(np.float16),
+        confidence=np.round(transform.depth_to_target(result.confidence) * 255).astype(np.uint8),
+        intrinsics=intrinsics.astype(np.float32),
+        w2c=w2c.astype(np.float32),
+        scale=np.asarray(scale, np.float64),
+        source=result.source,
+    )
+    quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
+    return finished

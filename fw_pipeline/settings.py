@@ -1,0 +1,73 @@
+"""What a pipeline run is told: profile, folders, engines, preset. Free of Dagster, so that scripts and tests share it.
+
+`FW_PROFILE` (laptop | gpu), `FW_PRESET`, `FW_DATA` and `FW_VIDEOS` choose; the Dagster resource `pipeline`
+overrides any field per run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fw_model.config import Config, ConfigError, Preset, load_preset
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Settings(Config):
+    """One pipeline configuration. Relative folders are taken from the project's root."""
+
+    data: Path = PROJECT / "data"
+    videos: Path = PROJECT / "data" / "videos"
+    preset: str = "tiny"  # name of a preset, or a YAML file
+    overrides: tuple[str, ...] = ()  # preset overrides, e.g. "stage1.steps=10"
+    geometry: Literal["colmap"] = "colmap"
+    depth: Literal["geometry"] = "geometry"
+    annotation_long_side: int = Field(448, ge=64)  # pixels; the annotators see frames of this size or the source's, if smaller
+    device: str = "cpu"
+    processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
+    val_percent: float = Field(10.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
+
+    def load_preset(self) -> Preset:
+        return load_preset(self.preset, list(self.overrides))
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "laptop": {},
+    "gpu": {"preset": "wan2.1-fun-1.3b", "annotation_long_side": 592, "device": "cuda"},
+}
+
+
+def settings_from_env(**overrides: Any) -> Settings:
+    """Settings of the profile in FW_PROFILE (default laptop), then FW_PRESET, FW_DATA and FW_VIDEOS, then `overrides`.
+
+    An override that is None is left out.
+
+    Raises ConfigError for an unknown profile or a field that does not fit.
+    """
+    profile = os.environ.get("FW_PROFILE") or "laptop"
+    if profile not in PROFILES:
+        raise ConfigError(f"FW_PROFILE={profile!r}: no such profile; there are {', '.join(PROFILES)}")
+    values = dict(PROFILES[profile])
+    if preset := os.environ.get("FW_PRESET"):
+        values["preset"] = preset
+    if data := os.environ.get("FW_DATA"):
+        values |= {"data": _absolute(data), "videos": _absolute(data) / "videos"}
+    if videos := os.environ.get("FW_VIDEOS"):
+        values["videos"] = _absolute(videos)
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    for key in ("data", "videos"):
+        if key in values:
+            values[key] = _absolute(values[key])
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"pipeline settings (profile {profile!r}):\n" + "\n".join(lines)) from error
+
+
+def _absolute(path: str | Path) -> Path:
+    return PROJECT / Path(path).expanduser()

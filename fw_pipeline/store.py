@@ -1,0 +1,138 @@
+"""The one object that owns every path below the data folder, and how results get there.
+
+    clips/<video_key>/        clips.json
+    geometry/<video_key>/     <clip_id>.npz
+    depth/<video_key>/        <clip_id>.npz
+    latents/<video_key>/      <clip_id>.npz
+    dataset/                  manifest.parquet and shards
+    outputs/fantasy_world_<stage>/<digest>/    step-N.safetensors, metrics.jsonl, result.json
+    reports/<stage>.html
+
+A folder per video is written under a temporary name and renamed when whole; `done.json` inside says what it was made
+from. Files are the truth: whatever the orchestrator remembers, a step is done when its folder says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from fw_model.config import Stage
+
+StepName = Literal["clips", "geometry", "depth", "latents"]
+T = TypeVar("T")
+
+
+class ClipStatus(BaseModel):
+    """How one clip fared in a step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    clip_id: str
+    quarantined: str | None = None  # the reason, if the clip was set aside
+    quality: dict[str, float] = {}
+
+
+class Done(BaseModel):
+    """The marker of a finished step for one video."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    video: str
+    fingerprint: str  # hash of everything the result depends on; a different one means the result is stale
+    made_by: str  # engine and version
+    rejected: str | None = None  # the reason, if the whole video gives nothing
+    clips: list[ClipStatus] = []
+    seconds: float = 0.0
+
+
+class Store:
+    """Paths and atomic writes below one data folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    def outputs(self, stage: Stage) -> Path:
+        return self.root / "outputs" / f"fantasy_world_{stage}"
+
+    def report(self, stage: Stage) -> Path:
+        return self.root / "reports" / f"{stage}.html"
+
+    def folder(self, step: StepName, key: str) -> Path:
+        if not key or key.startswith(".") or any(c in key for c in "/\\\0"):
+            raise ValueError(f"{key!r} is not a video key")
+        return self.root / step / key
+
+    def done(self, step: StepName, key: str) -> Done | None:
+        """The marker of a finished step, or None if the step never finished for this video."""
+        path = self.folder(step, key) / "done.json"
+        if not path.is_file():
+            return None
+        return Done.model_validate_json(path.read_text(encoding="utf-8"))
+
+    @contextmanager
+    def writing(self, step: StepName, key: str) -> Iterator[Path]:
+        """A temporary folder that takes the place of the step's folder when the block ends without an error."""
+        final = self.folder(step, key)
+        temporary = final.with_name(f".{key}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for path in temporary.iterdir():
+                _fsync(path)
+            if final.exists():
+                old = final.with_name(f".{key}.{os.getpid()}.old")
+                final.rename(old)
+                temporary.rename(final)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_done(folder: Path, done: Done) -> None:
+    (folder / "done.json").write_text(done.model_dump_json(indent=1), encoding="utf-8")
+
+
+def save_arrays(path: Path, value: Any) -> None:
+    """Write a dataclass of arrays as .npz (no pickle)."""
+    arrays: dict[str, Any] = {field.name: np.asarray(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    np.savez(path, **arrays)
+
+
+def load_arrays(path: Path, kind: type[T]) -> T:
+    """Read a dataclass of arrays back; a missing array is named with its file."""
+    with np.load(path, allow_pickle=False) as data:
+        missing = [f.name for f in dataclasses.fields(kind) if f.name not in data.files]  # type: ignore[arg-type]
+        if missing:
+            raise ValueError(f"{path}: lacks {', '.join(missing)}; annotate this video again")
+        return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

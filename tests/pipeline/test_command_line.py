@@ -1,0 +1,65 @@
+"""The lines in the README, typed as they stand."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fw_pipeline.run_demo import render
+from tests.pipeline.conftest import FinishedGraph, environment_of, shell
+
+STAGE2 = "source env.sh && dagster job execute -j stage2_training"
+
+
+def test_the_literal_line_trains_stage_2(finished_graph: FinishedGraph, tmp_path: Path) -> None:
+    """On a copy of the finished graph without its stage 2."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished_graph.root, root)
+    shutil.rmtree(root / "data" / "outputs" / "fantasy_world_stage2")
+    result = shell(STAGE2, **environment_of(root))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((root / "data" / "outputs" / "fantasy_world_stage2").glob("*/step-3.safetensors"))) == 1
+
+
+def test_stage_2_without_stage_1_fails_at_once_and_names_the_job_to_run(finished_graph: FinishedGraph, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(finished_graph.root, root)
+    shutil.rmtree(root / "data" / "outputs")
+    result = shell(STAGE2, **environment_of(root))
+    assert result.returncode != 0
+    assert "dagster job execute -j stage1_training" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "needed"),
+    [
+        ("dagster job execute -j stage2_training", "python -m fw_pipeline.launch build_dataset"),
+        ("dagster job execute -j validation", "python -m fw_pipeline.launch build_dataset"),
+        ("dagster job execute -j annotate_videos", "python -m fw_pipeline.launch annotate_videos"),
+        ("python -m fw_pipeline.launch stage1_training", "python -m fw_pipeline.launch build_dataset"),
+    ],
+)
+def test_every_line_that_lacks_something_names_the_one_to_run(environment: Path, line: str, needed: str) -> None:
+    result = shell(f"source env.sh && {line}")
+    assert result.returncode != 0
+    assert needed in result.stderr
+
+
+def test_a_folder_without_videos_is_named(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = shell("source env.sh && python -m fw_pipeline.launch annotate_videos", FW_VIDEOS=str(tmp_path / "empty"))
+    assert result.returncode == 1
+    assert f"no videos in {tmp_path / 'empty'}" in result.stderr
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones(environment: Path) -> None:
+    result = shell("source env.sh && dagster job execute -j stage1_training", FW_PROFILE="mainframe")
+    assert result.returncode != 0
+    assert "laptop, gpu" in result.stderr
+
+
+def test_the_demo_never_mixes_with_somebodys_own_videos(tmp_path: Path) -> None:
+    (tmp_path / "mine.mp4").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="videos of your own"):
+        render(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.mp4"]

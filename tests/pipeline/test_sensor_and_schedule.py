@@ -1,0 +1,80 @@
+"""New videos are annotated once they are whole; the nightly schedule launches only when something is stale."""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fw_pipeline.definitions import defs
+from fw_pipeline.launch import range_tags
+from fw_pipeline.schedules import reannotate
+from fw_pipeline.sensors import new_videos
+from tests.pipeline.conftest import FinishedGraph, environment_of
+
+
+def tick(instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorResult:
+    result = new_videos(dg.build_sensor_context(instance=instance, cursor=cursor))
+    assert isinstance(result, dg.SensorResult)
+    return result
+
+
+@pytest.fixture
+def folder(environment: Path) -> Path:
+    return environment / "videos"
+
+
+def test_a_video_is_launched_once_its_size_has_been_the_same_for_two_ticks(folder: Path) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = tick(instance, None)
+        assert not first.run_requests
+        second = tick(instance, first.cursor)
+        assert len(second.run_requests or []) == 1
+        assert len((second.dynamic_partitions_requests or [])[0].partition_keys) == 2
+        assert not tick(instance, second.cursor).run_requests
+
+
+def test_a_video_still_being_copied_waits_and_a_replaced_one_runs_again(folder: Path) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        growing = folder / "growing.mp4"
+        growing.write_bytes(b"1")
+        result = tick(instance, None)
+        growing.write_bytes(b"12")
+        result = tick(instance, result.cursor)
+        assert len((result.dynamic_partitions_requests or [])[0].partition_keys) == 2
+        result = tick(instance, result.cursor)
+        assert [key.split("-")[0] for key in (result.dynamic_partitions_requests or [])[0].partition_keys] == ["growing"]
+        os.utime(growing, ns=(1, 1))
+        result = tick(instance, tick(instance, result.cursor).cursor)
+        assert [key.split("-")[0] for key in (result.dynamic_partitions_requests or [])[0].partition_keys] == ["growing"]
+
+
+def test_the_schedule_launches_when_a_video_has_no_annotation(environment: Path) -> None:
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
+    ):
+        request = reannotate(context)
+    assert isinstance(request, dg.RunRequest)
+    assert request.tags["fantasyworld/stale"] == "2"
+
+
+def test_the_schedule_skips_when_everything_is_up_to_date(finished_graph: FinishedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment_of(finished_graph.root).items():
+        monkeypatch.setenv(name, value)
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
+    ):
+        assert isinstance(reannotate(context), dg.SkipReason)
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), unique=True), st.lists(st.sampled_from("abcdefghij"), unique=True, min_size=1))
+def test_the_range_of_a_run_holds_every_video_asked_for(known: list[str], keys: list[str]) -> None:
+    tags = range_tags(known, keys)
+    order = [*known, *sorted(set(keys) - set(known))]
+    first, last = (order.index(tags[f"dagster/asset_partition_range_{end}"]) for end in ("start", "end"))
+    assert set(keys) <= set(order[first : last + 1])
+    assert {order[first], order[last]} <= set(keys)

@@ -1,0 +1,158 @@
+"""The steps behind the assets: what is skipped, what is set aside, what fails, what is packed. Geometry comes from an oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fw_model.data.manifest import read_manifest
+from fw_pipeline.annotate import clips as clip_io
+from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.demo import ground_truth_for_clip, load_ground_truth
+from fw_pipeline.pipeline import MissingInput, Pipeline
+from fw_pipeline.settings import settings_from_env
+
+STEPS = ("clips", "geometry", "depth", "latents")
+
+
+class Oracle:
+    """A geometry engine that returns the truth of the clip it is asked about, in units of its own."""
+
+    name = "oracle"
+
+    def __init__(self, pipeline: Pipeline, version: str = "1") -> None:
+        self.pipeline, self.version, self.calls = pipeline, version, 0
+        self.refuse = ""  # part of a video's name
+
+    def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
+        self.calls += 1
+        for key, video in self.pipeline.videos.items():
+            done = self.pipeline.store.done("clips", key)
+            for clip in self.pipeline.clips_of(key, done) if done else []:
+                if np.array_equal(self.pipeline._frames(key, clip), frames):
+                    if self.refuse and self.refuse in video:
+                        raise RejectedClip("the camera does not move")
+                    return truth_as_geometry(self.pipeline.settings.videos / video, clip, frames.shape[1:3])
+        raise AssertionError("frames of no known clip")
+
+
+def truth_as_geometry(video: Path, clip: clip_io.Clip, size: tuple[int, int]) -> ClipGeometry:
+    truth = load_ground_truth(video)
+    assert truth is not None
+    depth, intrinsics, w2c = ground_truth_for_clip(truth, clip)
+    transform = clip_io.FrameTransform(*depth.shape[1:], *size)
+    w2c = w2c.copy()
+    w2c[:, :, 3] *= 3.7
+    depth = transform.depth_to_target(depth) * np.float32(3.7)
+    ones = np.ones(len(depth), np.float32)
+    return ClipGeometry(
+        w2c, transform.intrinsics_to_target(intrinsics), depth, np.ones_like(depth), ones, 0 * ones, np.zeros(len(depth), bool)
+    )
+
+
+@pytest.fixture
+def pipeline(environment: Path) -> Pipeline:
+    pipeline = Pipeline(settings_from_env())
+    pipeline.__dict__["geometry_engine"] = Oracle(pipeline)
+    return pipeline
+
+
+def run_all(pipeline: Pipeline) -> None:
+    for step in STEPS:
+        for key in pipeline.videos:
+            pipeline.run(step, key)
+
+
+def test_the_truth_passes_through_every_step_unharmed(pipeline: Pipeline) -> None:
+    run_all(pipeline)
+    for numbers in pipeline.truth_errors().values():
+        assert numbers["ate_percent"] < 0.01
+        assert numbers["absrel"] < 0.003  # float16 on disk, and sampling between pixels
+        assert numbers["auc30"] > 0.99
+        assert numbers["valid_fraction"] > 0.99
+    assert pipeline.consistency_faults() == {}
+    assert pipeline.pack().clips == 2
+
+
+def test_what_is_done_is_not_done_again_until_something_it_depends_on_changes(pipeline: Pipeline) -> None:
+    run_all(pipeline)
+    engine = pipeline.geometry_engine
+    assert isinstance(engine, Oracle)
+    run_all(pipeline)
+    assert engine.calls == 2
+    engine.version = "2"
+    key = next(iter(pipeline.videos))
+    assert pipeline.is_stale("geometry", key)
+    pipeline.run("geometry", key)
+    assert engine.calls == 3
+    assert pipeline.is_stale("depth", key)
+    assert not pipeline.is_stale("latents", key)
+
+
+def test_a_replaced_video_makes_everything_after_it_stale(pipeline: Pipeline) -> None:
+    run_all(pipeline)
+    (key, video), (_, other) = pipeline.videos.items()
+    path = pipeline.settings.videos / video
+    path.write_bytes((pipeline.settings.videos / other).read_bytes())
+    fresh = Pipeline(pipeline.settings)
+    assert fresh.is_stale("clips", key)
+    before = fresh.fingerprint("latents", key)
+    fresh.run("clips", key)
+    assert fresh.fingerprint("latents", key) != before
+
+
+def test_a_rejected_clip_is_named_in_the_manifest_and_the_rest_is_packed(pipeline: Pipeline) -> None:
+    first = next(iter(pipeline.videos.values()))
+    engine = pipeline.geometry_engine
+    assert isinstance(engine, Oracle)
+    engine.refuse = first
+    run_all(pipeline)
+    result = pipeline.pack()
+    assert result.clips == 1
+    assert list(result.quarantined.values()) == ["the camera does not move"]
+    rows = {row.video: row for row in read_manifest(pipeline.store.dataset)}
+    assert rows[first].quarantine == "the camera does not move"
+    assert not (pipeline.store.folder("depth", next(iter(pipeline.videos))) / f"{rows[first].clip_id}.npz").exists()
+
+
+def test_a_fault_of_the_engine_is_no_quarantine_and_keeps_the_old_result(pipeline: Pipeline) -> None:
+    run_all(pipeline)
+    key = next(iter(pipeline.videos))
+    before = pipeline.store.done("geometry", key)
+
+    class Broken(Oracle):
+        def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
+            raise MemoryError("out of memory")
+
+    pipeline.__dict__["geometry_engine"] = Broken(pipeline, version="3")
+    with pytest.raises(MemoryError):
+        pipeline.run("geometry", key)
+    assert pipeline.store.done("geometry", key) == before
+
+
+def test_a_step_without_its_input_names_the_job_that_makes_it(pipeline: Pipeline) -> None:
+    key = next(iter(pipeline.videos))
+    with pytest.raises(MissingInput, match="python -m fw_pipeline.launch annotate_videos"):
+        pipeline.run("depth", key)
+    with pytest.raises(MissingInput, match="python -m fw_pipeline.launch annotate_videos"):
+        pipeline.pack()
+
+
+def test_a_video_that_is_not_annotated_yet_is_left_out_and_said_so(pipeline: Pipeline) -> None:
+    first, second = pipeline.videos
+    for step in STEPS:
+        pipeline.run(step, first)
+    result = pipeline.pack()
+    assert result.clips == 1
+    assert result.not_annotated == [pipeline.videos[second]]
+
+
+def test_a_caption_beside_the_video_becomes_the_prompt(pipeline: Pipeline) -> None:
+    key, video = next(iter(pipeline.videos.items()))
+    (pipeline.settings.videos / video).with_suffix(".txt").write_text("a room\n", encoding="utf-8")
+    run_all(pipeline)
+    pipeline.pack()
+    rows = {row.video: row for row in read_manifest(pipeline.store.dataset)}
+    assert rows[video].prompt == "a room"
+    (pipeline.settings.videos / video).with_suffix(".txt").write_text("a hall", encoding="utf-8")
+    assert pipeline.is_stale("latents", key)

@@ -1,0 +1,77 @@
+"""From two videos to two reports, through the very jobs people launch."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from fw_model.data.manifest import read_manifest
+from fw_pipeline.definitions import defs
+from fw_pipeline.launch import register
+from fw_pipeline.pipeline import Pipeline
+from fw_pipeline.settings import Settings, settings_from_env
+from fw_pipeline.training import plan_training
+from tests.pipeline.conftest import FinishedGraph
+
+
+@pytest.fixture
+def settings(finished_graph: FinishedGraph) -> Settings:
+    root = finished_graph.root
+    return settings_from_env(data=root / "data", videos=root / "videos", preset=str(root / "quick.yaml"))
+
+
+def test_every_job_runs_from_videos_to_reports(finished_graph: FinishedGraph, settings: Settings) -> None:
+    assert all(run.success for run in finished_graph.runs.values())
+    stage1, stage2 = plan_training(settings, "stage1"), plan_training(settings, "stage2")
+    assert stage2.stage1_checkpoint == stage1.output / "step-4.safetensors"
+    assert (stage2.output / "step-3.safetensors").is_file()
+    for name in ("stage1.html", "stage2.html"):
+        assert (settings.data / "reports" / name).stat().st_size > 10_000
+
+
+def test_annotations_agree_with_the_exact_truth_and_with_themselves(finished_graph: FinishedGraph) -> None:
+    checks = {check.check_name: check for run in finished_graph.runs.values() for check in run.get_asset_check_evaluations()}
+    # validation_improved says nothing after a handful of steps; the demo shows it.
+    for name in ("annotation_matches_truth", "clips_are_consistent", "dataset_is_whole"):
+        assert checks[name].passed, (checks[name].description, checks[name].metadata)
+    assert checks["annotation_matches_truth"].metadata["clips with truth"].value == 2
+
+
+def test_a_bad_video_is_set_aside_with_its_reason_and_the_others_go_on(settings: Settings) -> None:
+    rows = read_manifest(Pipeline(settings).store.dataset)
+    assert {row.split for row in rows if not row.quarantine} == {"train", "val"}
+    reasons = [row.quarantine for row in rows if row.quarantine]
+    assert len(reasons) == 1
+    assert "vidéo" in reasons[0]
+
+
+def test_each_video_is_recorded_as_its_own_partition(finished_graph: FinishedGraph) -> None:
+    events = finished_graph.runs["annotate_videos"].all_events
+    recorded = {event.partition for event in events if event.is_step_materialization and event.asset_key == dg.AssetKey("depth")}
+    assert len(recorded - {None}) == 3
+
+
+def test_a_second_run_recomputes_nothing(finished_graph: FinishedGraph, settings: Settings) -> None:
+    def depth_files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (settings.data / "depth").glob("*/*.npz")}
+
+    before = depth_files()
+    config = {"data": str(settings.data), "videos": str(settings.videos), "preset": settings.preset}
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = defs.resolve_job_def("annotate_videos").execute_in_process(
+            run_config={"resources": {"pipeline": {"config": config}}},
+            instance=instance,
+            tags=register(instance, list(Pipeline(settings).videos)),
+        )
+    assert run.success
+    assert len(before) == 2
+    assert depth_files() == before
+
+
+def test_one_partition_annotates_one_video(environment: Path) -> None:
+    keys = sorted(Pipeline(settings_from_env()).videos)
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("video", keys)
+        run = defs.resolve_job_def("annotate_videos").execute_in_process(instance=instance, partition_key=keys[0])
+    assert run.success
+    assert [path.name for path in (environment / "data" / "depth").iterdir()] == [keys[0]]

@@ -1,0 +1,54 @@
+"""Small clips that fit the dataset's schema, for tests."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fw_model.cameras import make_trajectory
+from fw_model.data.schema import ClipRecord
+from fw_model.data.shards import ShardWriter
+
+
+def make_record(
+    clip_id: str,
+    video: str | None = None,
+    size: tuple[int, int, int] = (32, 48, 5),
+    text: tuple[int, int] = (3, 16),
+    image: tuple[int, int] = (5, 8),
+    **changes: np.ndarray,
+) -> ClipRecord:
+    """A clip of random numbers that depend on its id; `changes` replace arrays. size is (H, W, T)."""
+    height, width, frames = size
+    rng = np.random.default_rng(zlib.crc32(clip_id.encode()))
+    cameras = make_trajectory("orbit_right", frames, height, width)
+    depth = rng.uniform(0.5, 2, (frames, height, width))
+    depth[:, :2] = 0
+    arrays = {
+        "latents": rng.normal(size=(16, 1 + (frames - 1) // 4, height // 8, width // 8)).astype(np.float16),
+        "text": rng.normal(size=text).astype(np.float16),
+        "image": rng.normal(size=image).astype(np.float16),
+        "depth": depth.astype(np.float16),
+        "confidence": rng.integers(0, 256, (frames, height, width)).astype(np.uint8),
+        "intrinsics": cameras.intrinsics.numpy(),
+        "w2c": cameras.w2c.numpy(),
+    }
+    return ClipRecord(
+        clip_id=clip_id,
+        video=video or f"{clip_id}.mp4",
+        fps=16.0,
+        scale=2.5,
+        prompt=f"prompt of {clip_id}",
+        arrays={**arrays, **changes},
+        quality={"inlier_ratio": 0.9},
+        versions={"geometry": "test:1", "encoders": "made:0"},
+    )
+
+
+def pack(path: Path, splits: dict[str, str], target_bytes: float = 256e6, **options: object) -> None:
+    """Pack one clip per entry of clip id -> split."""
+    with ShardWriter(path, target_bytes) as writer:
+        for clip_id, split in splits.items():
+            writer.add(make_record(clip_id, **options), split)  # type: ignore[arg-type]

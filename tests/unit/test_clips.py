@@ -1,0 +1,419 @@
+"""Ingest: what is cut from a video, what is refused and why, and that sizes, times and intrinsics map exactly."""
+
+import json
+import logging
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fw_model.config import ClipConfig
+from fw_pipeline.annotate.clips import (
+    FrameTransform,
+    annotation_size,
+    clips_from_json,
+    clips_to_json,
+    cut_clips,
+    file_xxh64,
+    find_videos,
+    read_frames,
+    video_key,
+)
+from fw_pipeline.annotate.types import Clip, RejectedVideo
+from fw_pipeline.annotate.video import decode, scan
+
+CLIP = ClipConfig(frames=9, fps=12, short_side=32, long_side=64, stride=9)
+TICK = Fraction(1, 12000)
+
+
+def world(seed: int) -> np.ndarray:
+    """A large smooth picture that frames are cut from; strong in brightness, weak in colour, which codecs blur."""
+    rng = np.random.default_rng(seed)
+    noise = 40 + 150 * rng.random((40, 60, 1)) + 20 * rng.random((40, 60, 3))
+    return cv2.resize(noise, (480, 320), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+
+
+def pan(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Frames [48, 96, 3] of a camera moving right."""
+    return [np.ascontiguousarray(world(seed)[:48, i : i + 96]) for i in range(count)]
+
+
+def write(path, frames, times=None, codec="libx264", gop=6, turns=0, matrix=None, aspect=None, options=None):
+    """Encode frames, by default at 24 fps; `turns` marks the container as to be shown turned counterclockwise."""
+    times = np.arange(len(frames)) / 24 if times is None else times
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=24, options={"crf": "8"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.bit_rate = 4_000_000  # for codecs without a constant quality
+        stream.pix_fmt, stream.time_base = "yuv420p", TICK
+        stream.codec_context.time_base, stream.codec_context.gop_size = TICK, gop
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if turns:
+            stream.set_display_rotation(90 * turns)
+        if matrix:
+            stream.set_display_matrix(matrix)
+        for time, frame in zip(times, frames, strict=True):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture.pts, picture.time_base = round(time / TICK), TICK
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def write_audio(path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def cut(path, clip=CLIP):
+    return cut_clips(path, path.parent, clip, video_key(path.name))
+
+
+# ------------------------------------------------------------------------------------------------------ what is cut
+
+
+def test_clips_take_every_second_frame_of_a_24_fps_video(tmp_path) -> None:
+    video = write(tmp_path / "pan.mp4", pan(40))
+    clips = cut(video)
+    assert [clip.clip_id for clip in clips] == [f"{video_key('pan.mp4')}-s000-c{i:03d}" for i in range(2)]
+    np.testing.assert_allclose(clips[0].timestamps, np.arange(0, 18, 2) / 24, atol=1e-9)
+    np.testing.assert_allclose(clips[1].timestamps, np.arange(18, 36, 2) / 24, atol=1e-9)
+    first = clips[0]
+    assert (first.video, first.video_xxh64, first.fps, first.shot) == ("pan.mp4", file_xxh64(video), 12, 0)
+    assert (first.source_height, first.source_width, first.height, first.width, first.frames) == (48, 96, 32, 64, 9)
+
+
+def test_the_frames_read_are_those_at_the_timestamps(tmp_path) -> None:
+    frames = pan(60)
+    video = write(tmp_path / "pan.mp4", frames)
+    last = cut(video)[-1]
+    read = read_frames(video, last, 48, 96)
+    assert last.timestamps[0] == pytest.approx(36 / 24)
+    for got, time in zip(read, last.timestamps, strict=True):
+        errors = [np.abs(got.astype(float) - frame).mean() for frame in frames]
+        assert np.argmin(errors) == round(time * 24)
+        assert min(errors) < 4
+
+
+def test_variable_frame_rate_goes_by_time_not_by_count(tmp_path) -> None:
+    # 48 fps for half a second, then 24 fps: counting frames would stretch the first part.
+    times = [*(i / 48 for i in range(24)), *(0.5 + i / 24 for i in range(16))]
+    clips = cut(write(tmp_path / "vfr.mp4", pan(len(times)), times))
+    np.testing.assert_allclose(clips[0].timestamps, np.arange(9) / 12, atol=1e-4)
+
+
+def test_a_gap_in_the_frames_is_not_filled_by_repeating(tmp_path) -> None:
+    times = [i / 24 for i in range(60) if not 6 < i < 14]
+    clips = cut(write(tmp_path / "gap.mp4", pan(len(times)), times), CLIP.model_copy(update={"stride": 18}))
+    assert [clip.timestamps[0] for clip in clips] == [pytest.approx(1.5)]
+
+
+def test_no_clip_crosses_a_cut(tmp_path) -> None:
+    clips = cut(write(tmp_path / "two.mp4", [*pan(27, seed=1), *pan(27, seed=2)]))
+    assert [clip.shot for clip in clips] == [0, 1]
+    assert clips[0].timestamps[-1] < 27 / 24 <= clips[1].timestamps[0]
+    assert clips[1].clip_id.endswith("-s001-c000")
+
+
+@pytest.mark.parametrize("position", [1, 39])
+def test_a_cut_by_the_first_or_last_frame_is_seen(tmp_path, position) -> None:
+    frames = [*pan(position, seed=1), *pan(40 - position, seed=2)]
+    assert scan(write(tmp_path / "edge.mp4", frames)).shots == ((0, position), (position, 40))
+
+
+def test_the_limit_of_clips_per_video_is_kept_and_said(tmp_path, caplog) -> None:
+    video = write(tmp_path / "pan.mp4", pan(60))
+    with caplog.at_level(logging.WARNING):
+        clips = cut(video, CLIP.model_copy(update={"max_clips_per_video": 1}))
+    assert len(clips) == 1
+    assert "3 clips, the first 1 are kept" in caplog.text
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_rotated_videos_come_out_upright(tmp_path, turns) -> None:
+    frames = pan(20)
+    video = write(tmp_path / "turned.mp4", [np.rot90(frame, -turns) for frame in frames], turns=turns)
+    (clip,) = cut(video)
+    assert (clip.source_height, clip.source_width) == (48, 96)
+    assert np.abs(read_frames(video, clip, 48, 96)[0].astype(float) - frames[0]).mean() < 4
+
+
+def test_a_phones_portrait_matrix_turns_clockwise_into_the_portrait_bucket(tmp_path) -> None:
+    # What phones write when held upright (a quarter turn clockwise), as FFmpeg lays the matrix out.
+    matrix = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    frames = pan(20)
+    video = write(tmp_path / "phone.mp4", frames, matrix=matrix)
+    (clip,) = cut(video)
+    assert (clip.source_height, clip.source_width, clip.height, clip.width) == (96, 48, 64, 32)
+    assert np.abs(read_frames(video, clip, 96, 48)[0].astype(float) - np.rot90(frames[0], -1)).mean() < 4
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
+    frames = pan(20)
+    video = write(tmp_path / "wide.mp4", [cv2.resize(f, (48, 48)) for f in frames], aspect=Fraction(2))
+    (clip,) = cut(video)
+    assert (clip.source_height, clip.source_width) == (48, 96)
+    assert np.abs(read_frames(video, clip, 48, 96)[0].astype(float) - frames[0]).mean() < 6
+
+
+@pytest.mark.parametrize("name", ["Ferien am Meer – Übung 3.mp4", "日本の散歩.mp4", "a b  c'$(x).MP4", "-dash.mp4", "%d.mp4"])
+def test_unusual_names_work(tmp_path, name) -> None:
+    folder = tmp_path / "sub folder"
+    folder.mkdir()
+    video = write(folder / "plain.mp4", pan(20)).rename(folder / name)
+    assert find_videos(tmp_path) == [f"sub folder/{name}"]
+    (clip,) = cut_clips(video, tmp_path, CLIP, video_key(f"sub folder/{name}"))
+    assert clip.video == f"sub folder/{name}"
+    assert read_frames(video, clip, 32, 64).shape == (9, 32, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"), ("a.mov", "libx264")]
+)
+def test_other_containers_give_the_same_clip(tmp_path, name, codec) -> None:
+    frames = pan(20)
+    video = write(tmp_path / name, frames, np.arange(20) / 24, codec)
+    (clip,) = cut(video)
+    np.testing.assert_allclose(np.diff(clip.timestamps), 1 / 12, atol=2e-3)
+    assert np.abs(read_frames(video, clip, 48, 96)[3].astype(float) - frames[6]).mean() < 6
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def refusal(path, root=None, clip=CLIP) -> str:
+    with pytest.raises(RejectedVideo) as caught:
+        cut_clips(path, root or path.parent, clip, "key")
+    return str(caught.value)
+
+
+def test_files_that_are_no_video_are_named_with_their_fault(tmp_path) -> None:
+    (tmp_path / "zero.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video at all")
+    write_audio(tmp_path / "sound.mp4")
+    assert refusal(tmp_path / "zero.mp4") == "zero.mp4: empty file (0 bytes)"
+    assert "text.mp4: not a video" in refusal(tmp_path / "text.mp4")
+    assert refusal(tmp_path / "sound.mp4") == "sound.mp4: audio only"
+
+
+def test_a_playlist_named_like_a_video_opens_nothing_else(tmp_path) -> None:
+    write(tmp_path / "other.mp4", pan(20))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    (tmp_path / "hls.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n")
+    assert "not a video" in refusal(tmp_path / "list.mp4")
+    assert "not a video" in refusal(tmp_path / "hls.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("plain.mp4", {}), ("fast.mp4", {"movflags": "faststart"}), ("a.mkv", {})],
+    ids=["moov last", "moov first", "mkv"],
+)
+def test_a_truncated_video_is_refused_even_if_its_start_would_do(tmp_path, name, options) -> None:
+    video = write(tmp_path / name, pan(72), options=options)
+    assert len(cut(video)) == 4
+    whole = video.read_bytes()
+    video.write_bytes(whole[: int(0.7 * len(whole))])
+    assert f"{name}: truncated" in refusal(video)
+
+
+def test_damage_in_the_middle_is_refused(tmp_path) -> None:
+    video = write(tmp_path / "bad.mp4", pan(72))
+    data = bytearray(video.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 600] = bytes(600)
+    video.write_bytes(data)
+    assert "bad.mp4: damaged" in refusal(video)
+
+
+def test_too_short_and_too_slow_say_what_was_found_and_needed(tmp_path) -> None:
+    short = refusal(write(tmp_path / "short.mp4", pan(10)))
+    assert "short.mp4: too short: 10 frames at 24 fps (0.38 s); a clip takes 9 frames at 12 fps (0.67 s)" in short
+    slow = refusal(write(tmp_path / "slow.mp4", pan(40), np.arange(40) / 8))
+    assert "slow.mp4: too few frames a second: 40 frames at 8 fps" in slow
+    assert "too short: 1 frames" in refusal(write(tmp_path / "one.mp4", pan(1)))
+
+
+def test_a_rate_just_below_the_target_is_not_too_slow(tmp_path) -> None:
+    times = np.arange(12) * 1001 / 12000  # 11.988 fps for 12
+    assert len(cut(write(tmp_path / "ntsc.mp4", pan(12), times))) == 1
+
+
+def test_unsafe_paths_are_refused(tmp_path) -> None:
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    outside = write(tmp_path / "outside.mp4", pan(20))
+    (root / "link.mp4").symlink_to(outside)
+    assert "leads out of the videos folder" in refusal(root / "link.mp4", root)
+    assert "'..'" in refusal(root / "sub" / ".." / ".." / "outside.mp4", root)
+    assert "not inside the videos folder" in refusal(outside, root)
+    weird = root / "a\nb.mp4"
+    outside.rename(weird)
+    assert refusal(weird, root) == "a\\nb.mp4: control or undecodable characters in its path; rename it"
+
+
+def test_a_replaced_file_is_noticed_when_its_frames_are_read(tmp_path) -> None:
+    video = write(tmp_path / "pan.mp4", pan(20))
+    (clip,) = cut(video)
+    write(video, pan(20), np.arange(20) / 25)
+    with pytest.raises(ValueError, match=r"pan\.mp4: no frame at 0\.0833 s .*has changed"):
+        read_frames(video, clip, 32, 64)
+
+
+# ------------------------------------------------------------------------------------------------------ files and keys
+
+
+def test_only_finished_visible_videos_are_found(tmp_path) -> None:
+    wanted = ["b.MP4", "sub/a.mkv", "sub/deep/c.webm"]
+    for name in [*wanted, ".hidden.mp4", ".cache/x.mp4", "x.part.mp4", "~tmp.mp4", "a.gt.npz", "note.txt", "a.mp4.part"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == wanted
+    with pytest.raises(FileNotFoundError):
+        find_videos(tmp_path / "nowhere")
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True))
+@settings(max_examples=200)
+def test_keys_are_safe_and_different(paths) -> None:
+    keys = [video_key(path) for path in paths]
+    assert len(set(keys)) == len(keys)
+    for key in keys:
+        assert set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+        assert 10 <= len(key) <= 49
+        assert not key.startswith("-")
+
+
+def test_keys_stay_readable_and_never_change() -> None:
+    # These are folder names and partitions of existing data: a new key would orphan both.
+    assert video_key("Holiday 2024/Beach Day.MP4") == "holiday-2024-beach-day-" + video_key("Holiday 2024/Beach Day.MP4")[-8:]
+    assert video_key("a.mp4") == "a-e6d48eab"
+    assert video_key("日本.mp4").startswith("video-")
+
+
+# ------------------------------------------------------------------------------------------------------ sizes
+
+
+SIZES = st.tuples(*[st.integers(8, 400)] * 4)
+
+
+@given(SIZES, st.floats(50, 500), st.floats(-100, 500), st.floats(-100, 500))
+def test_intrinsics_map_both_ways(sizes, focal, cx, cy) -> None:
+    transform = FrameTransform(*sizes)
+    k = np.array([[focal, 0, cx], [0, focal * 1.01, cy], [0, 0, 1.0]])
+    np.testing.assert_allclose(transform.intrinsics_to_source(transform.intrinsics_to_target(k)), k, rtol=1e-9, atol=1e-9)
+    there = transform.intrinsics_to_target(np.stack([k, k]))
+    point = np.array([0.3, -0.2, 1.0])
+    u, v, _ = k @ point
+    np.testing.assert_allclose(
+        (there[1] @ point)[:2], [u * transform.scale - transform.left, v * transform.scale - transform.top]
+    )
+
+
+@given(SIZES)
+def test_the_crop_is_centred_and_stays_inside_the_source(sizes) -> None:
+    h, w, height, width = sizes
+    transform = FrameTransform(*sizes)
+    centre = transform.intrinsics_to_target(np.array([[1, 0, w / 2], [0, 1, h / 2], [0, 0, 1.0]]))
+    np.testing.assert_allclose(centre[:2, 2], [width / 2, height / 2])
+    assert min(transform.left, transform.top) >= -1e-9
+    assert min(abs(transform.left), abs(transform.top)) < 1e-9
+
+
+@pytest.mark.parametrize("size", [(32, 64), (40, 64), (45, 33), (96, 200)])
+def test_pixels_land_where_the_intrinsics_say(size) -> None:
+    # A picture that is linear in its coordinates keeps its values under resampling, wherever the coordinates go.
+    h, w = 90, 121
+    v, u = np.mgrid[:h, :w] + 0.5
+    picture = np.stack([u * 2, v * 2, np.full_like(u, 7)], -1)
+    transform = FrameTransform(h, w, *size)
+    out = transform.apply(np.round(picture).astype(np.uint8)[None])[0]
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    expected = np.stack([(x + transform.left) / transform.scale * 2, (y + transform.top) / transform.scale * 2], -1)
+    inner = (slice(3, -3), slice(3, -3))
+    assert np.abs(out[..., :2] - expected)[inner].max() <= 1.1
+    assert abs((out[..., :2] - expected)[inner].mean()) < 0.1
+
+
+def test_depth_of_a_plane_is_exact_at_another_size() -> None:
+    k = np.array([[80, 0, 56], [0, 80, 32], [0, 0, 1.0]])
+    transform = FrameTransform(64, 112, 20, 33)
+
+    def plane(k, h, w) -> np.ndarray:
+        v, u = np.mgrid[:h, :w] + 0.5
+        rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(k).T
+        return 1 / (rays @ np.array([0.02, 0.2, 0.3]))
+
+    got = transform.depth_to_target(plane(k, 64, 112)[None])[0]
+    np.testing.assert_allclose(got, plane(transform.intrinsics_to_target(k), 20, 33), rtol=1e-9)
+
+
+def test_depth_is_never_mixed_across_an_edge_nor_with_the_unknown() -> None:
+    depth = np.full((24, 40), 2.0, np.float32)
+    depth[:, 17:] = 5
+    depth[9:, :] = 0
+    got = FrameTransform(24, 40, 11, 18).depth_to_target(depth)
+    assert set(np.unique(got)) == {0.0, 2.0, 5.0}
+    assert got.dtype == np.float32
+
+
+def test_frames_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="frames are 4x6, expected 8x8"):
+        FrameTransform(8, 8, 4, 4).apply(np.zeros((4, 6, 3), np.uint8))
+
+
+def clip_of(source, bucket) -> Clip:
+    return Clip("c", "v.mp4", "0", 0, 16.0, (0.0,), *source, *bucket)
+
+
+@pytest.mark.parametrize(
+    ("source", "bucket", "limit", "expected"),
+    [
+        ((256, 448), (64, 112), 448, (256, 448)),
+        ((720, 1280), (64, 112), 500, (256, 448)),  # whole multiples of 16 that keep 4:7
+        ((150, 1280), (64, 112), 500, (128, 224)),  # no more than the source's height
+        ((720, 1280), (336, 592), 592, (336, 592)),
+        ((720, 1280), (336, 592), 448, (252, 444)),  # no multiple of 16 has this aspect
+        ((1280, 720), (592, 336), 600, (592, 336)),
+        ((40, 64), (64, 112), 448, (36, 63)),
+    ],
+)
+def test_annotation_size_keeps_the_buckets_aspect(source, bucket, limit, expected) -> None:
+    height, width = annotation_size(clip_of(source, bucket), limit)
+    assert (height, width) == expected
+    assert height * bucket[1] == width * bucket[0]
+
+
+@given(st.integers(20, 2000), st.integers(20, 2000), st.integers(1, 40), st.integers(1, 40), st.integers(64, 1200))
+def test_annotation_size_never_enlarges_the_source(h, w, a, b, limit) -> None:
+    size = annotation_size(clip_of((h, w), (16 * a, 16 * b)), limit)
+    assert size[0] * b == size[1] * a
+    smallest = max(a, b) // np.gcd(a, b)
+    if smallest <= min(h, w, limit):
+        assert size[0] <= h
+        assert size[1] <= w
+        assert max(size) <= limit
+
+
+def test_clips_survive_json_exactly(tmp_path) -> None:
+    clips = cut(write(tmp_path / "a.mp4", pan(40), np.arange(40) * 1001 / 24000))
+    assert clips_from_json(json.loads(json.dumps(clips_to_json(clips)))) == clips
+    broken = clips_to_json(clips)
+    broken[0]["bucket"] = broken[0].pop("fps")
+    with pytest.raises(ValueError, match=r"missing \['fps'\], unknown \['bucket'\]"):
+        clips_from_json(broken)
+
+
+def test_decoding_can_be_left_early(tmp_path) -> None:
+    frames = decode(write(tmp_path / "a.mp4", pan(20)))
+    assert next(frames).time == 0
+    frames.close()

@@ -1,0 +1,158 @@
+"""Clips as tensors: values, padding, batches, worker processes, refusals."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.manifest import DatasetError, MissingDatasetError
+from fw_model.data.sampler import ResumableBucketSampler
+from fw_model.data.shards import ShardWriter
+from fw_model.losses import make_targets
+from tests.unit.made_clips import make_record, pack
+
+CLIPS = {"v4": "train", "v1": "train", "v2": "train", "v3": "val"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "dataset"
+    pack(path, CLIPS)
+    return path
+
+
+def damage(path: Path, clip_id: str) -> None:
+    """Flip one byte of a clip's depth."""
+    for shard in path.glob("*-of-*.parquet"):
+        data = bytearray(shard.read_bytes())
+        where = data.find(make_record(clip_id).arrays["depth"].tobytes())
+        if where >= 0:
+            data[where] ^= 1
+            shard.write_bytes(data)
+
+
+def test_splits_hold_their_clips_in_the_order_of_ids(dataset: Path) -> None:
+    assert [row.clip_id for row in ClipDataset(dataset, "train", 8).rows] == ["v1", "v2", "v4"]
+    assert [row.clip_id for row in ClipDataset(dataset, "val", 8).rows] == ["v3"]
+    assert ClipDataset(dataset, "train", 8).buckets == ["32x48x5"] * 3
+
+
+def test_a_sample_holds_the_clips_numbers_as_float32(dataset: Path) -> None:
+    sample, arrays = ClipDataset(dataset, "train", 8)[1], make_record("v2").arrays
+    assert sample["clip_id"] == "v2"
+    for name in ("latents", "image", "depth", "intrinsics", "w2c"):
+        assert sample[name].dtype == torch.float32
+        np.testing.assert_array_equal(sample[name].numpy(), arrays[name].astype(np.float32))
+    assert torch.equal(sample["valid"], sample["depth"] > 0)
+    assert not sample["valid"][:, :2].any()
+
+
+def test_text_is_zero_padded(dataset: Path) -> None:
+    text = ClipDataset(dataset, "train", 8)[0]["text"]
+    assert text.shape == (8, 16)
+    np.testing.assert_array_equal(text[:3].numpy(), make_record("v1").arrays["text"].astype(np.float32))
+    assert (text[3:] == 0).all()
+
+
+def test_samples_can_be_changed_without_changing_the_dataset(dataset: Path) -> None:
+    clips = ClipDataset(dataset, "train", 8)
+    for value in clips[0].values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    assert clips[0]["depth"].any()
+
+
+def test_a_batch_stacks_clips(dataset: Path) -> None:
+    clips = ClipDataset(dataset, "train", 8)
+    batch = collate([clips[0], clips[2]])
+    assert batch.clip_ids == ["v1", "v4"]
+    assert len(batch) == 2
+    assert batch.latents.shape == (2, 16, 2, 4, 6)
+    assert batch.text.shape == (2, 8, 16)
+    assert batch.valid.dtype == torch.bool
+    assert torch.equal(batch.depth[1], clips[2]["depth"])
+    assert make_targets(batch).points.shape == (2, 5, 32, 48, 3)
+
+
+def test_clips_of_different_buckets_do_not_stack(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "d") as writer:
+        writer.add(make_record("a"), "train")
+        writer.add(make_record("b", size=(48, 32, 5)), "train")
+    clips = ClipDataset(tmp_path / "d", "train", 8)
+    with pytest.raises(ValueError, match="clips a and b differ in latents"):
+        collate([clips[0], clips[1]])
+    with pytest.raises(ValueError, match="no clips"):
+        collate([])
+
+
+def test_worker_processes_give_the_same_batches(dataset: Path) -> None:
+    clips = ClipDataset(dataset, "train", 8)
+    first = clips[0]  # opens the shard here before workers start
+    sampler = ResumableBucketSampler(clips.buckets, 2, 2)
+    loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, num_workers=1)
+    expected = [collate([clips[i] for i in indices]) for indices in islice(iter(sampler), 3)]
+    for batch, wanted in zip(loader, expected, strict=False):
+        assert batch.clip_ids == wanted.clip_ids
+        assert torch.equal(batch.depth, wanted.depth)
+    assert torch.equal(clips[0]["depth"], first["depth"])
+
+
+def test_a_pickled_dataset_carries_no_open_files(dataset: Path) -> None:
+    clips = ClipDataset(dataset, "train", 8)
+    fresh = len(pickle.dumps(clips))
+    first = clips[0]
+    assert len(pickle.dumps(clips)) == fresh
+    assert torch.equal(pickle.loads(pickle.dumps(clips))[0]["depth"], first["depth"])
+
+
+def test_a_damaged_clip_stops_with_shard_and_clip_named(tmp_path: Path) -> None:
+    pack(tmp_path / "d", CLIPS)
+    damage(tmp_path / "d", "v2")
+    clips = ClipDataset(tmp_path / "d", "train", 8)
+    assert clips[0]["clip_id"] == "v1"
+    with pytest.raises(DatasetError, match=r"train-00000-of-00001.parquet: clip v2 .*hash"):
+        clips[1]
+    assert ClipDataset(tmp_path / "d", "train", 8, verify_hash=False)[1]["clip_id"] == "v2"
+
+
+def test_quarantined_clips_are_not_trained_on(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "d") as writer:
+        writer.add(make_record("a"), "train")
+        writer.quarantine("b", "b.mp4", "static", split="train")
+    assert len(ClipDataset(tmp_path / "d", "train", 8)) == 1
+
+
+def test_an_empty_train_split_is_refused_and_an_empty_val_split_is_empty(tmp_path: Path) -> None:
+    pack(tmp_path / "train", {"a": "train"})
+    assert len(ClipDataset(tmp_path / "train", "val", 8)) == 0
+    pack(tmp_path / "val", {"a": "val"})
+    with pytest.raises(DatasetError, match="no clip in its train split"):
+        ClipDataset(tmp_path / "val", "train", 8)
+
+
+def test_a_missing_dataset_names_the_job_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(MissingDatasetError, match="python -m fw_pipeline.launch build_dataset"):
+        ClipDataset(tmp_path / "nowhere", "train", 8)
+
+
+def test_text_longer_than_the_model_takes_is_refused(dataset: Path) -> None:
+    with pytest.raises(DatasetError, match="clip v1 has 3 text tokens, the model takes 2"):
+        ClipDataset(dataset, "train", 2)
+
+
+def test_clips_of_other_encoders_are_refused(dataset: Path) -> None:
+    ClipDataset(dataset, "train", 8, versions={"encoders": "made:0"})
+    with pytest.raises(DatasetError, match="clip v1 was made by encoders 'made:0', but this run needs 'hub@1'"):
+        ClipDataset(dataset, "train", 8, versions={"encoders": "hub@1"})
+
+
+def test_an_unknown_split_is_refused(dataset: Path) -> None:
+    with pytest.raises(ValueError, match="split must be one of"):
+        ClipDataset(dataset, "test", 8)

@@ -1,0 +1,82 @@
+"""A training run knows before it starts where it goes and what it starts from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fw_pipeline import training
+from fw_pipeline.settings import Settings
+from fw_pipeline.training import MissingPrerequisite, plan_training
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A data folder whose dataset has the digest written in dataset/digest."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "digest").write_text("aaaaaaaa11111111")
+    monkeypatch.setattr("fw_model.data.manifest.dataset_digest", lambda path: (Path(path) / "digest").read_text())
+    return Settings(data=tmp_path)
+
+
+def finish(plan: training.TrainingPlan, step: int = 7) -> Path:
+    plan.write_preset()
+    checkpoint = plan.output / f"step-{step}.safetensors"
+    checkpoint.write_bytes(b"weights")
+    (plan.output / "result.json").write_text(json.dumps({"checkpoint": checkpoint.name}))
+    return checkpoint
+
+
+def test_a_retry_finds_its_own_folder_and_another_configuration_does_not(settings: Settings) -> None:
+    first = plan_training(settings, "stage1").output
+    assert plan_training(settings, "stage1").output == first
+    changed = settings.model_copy(update={"overrides": ("stage1.learning_rate=0.1",)})
+    assert plan_training(changed, "stage1").output != first
+    watched = settings.model_copy(update={"overrides": ("stage1.save_every=1",)})  # decides no weight
+    assert plan_training(watched, "stage1").output == first
+    (settings.data / "dataset" / "digest").write_text("bbbbbbbb11111111")
+    assert plan_training(settings, "stage1").output != first
+
+
+def test_stage_2_starts_from_the_finished_stage_1_of_its_configuration(settings: Settings) -> None:
+    checkpoint = finish(plan_training(settings, "stage1"))
+    plan = plan_training(settings, "stage2")
+    assert plan.stage1_checkpoint == checkpoint
+    assert ["--stage1-checkpoint", str(checkpoint)] == plan.command()[-2:]
+    with pytest.raises(MissingPrerequisite, match="stage1_training"):
+        plan_training(settings.model_copy(update={"overrides": ("stage1.steps=9",)}), "stage2")
+
+
+def test_a_stage_1_that_has_only_been_started_is_not_enough(settings: Settings) -> None:
+    plan_training(settings, "stage1").write_preset()
+    with pytest.raises(MissingPrerequisite, match="has not finished"):
+        plan_training(settings, "stage2")
+
+
+def test_a_grown_dataset_keeps_the_stage_1_that_took_days(settings: Settings) -> None:
+    checkpoint = finish(plan_training(settings, "stage1"))
+    (settings.data / "dataset" / "digest").write_text("bbbbbbbb22222222")
+    plan = plan_training(settings, "stage2")
+    assert plan.stage1_checkpoint == checkpoint
+    assert plan.output.name.endswith("-bbbbbbbb-from-aaaaaaaa")
+
+
+def test_a_checkpoint_that_is_gone_is_named(settings: Settings) -> None:
+    finish(plan_training(settings, "stage1")).unlink()
+    with pytest.raises(MissingPrerequisite, match=r"step-7\.safetensors"):
+        plan_training(settings, "stage2")
+
+
+def test_the_preset_beside_the_results_is_the_whole_configuration(settings: Settings) -> None:
+    from fw_model.config import load_preset
+
+    plan = plan_training(settings.model_copy(update={"overrides": ("stage1.steps=3",)}), "stage1")
+    plan.write_preset()
+    assert load_preset(str(plan.preset_file)) == plan.preset
+
+
+@pytest.mark.parametrize(("device", "processes", "flag"), [("cpu", 1, "--cpu"), ("cpu", 2, "--cpu"), ("cuda", 2, "--multi_gpu")])
+def test_the_launch_line_fits_the_machine(settings: Settings, device: str, processes: int, flag: str) -> None:
+    command = plan_training(settings.model_copy(update={"device": device, "processes": processes}), "stage1").command()
+    assert flag in command
+    assert command[command.index("--num_processes") + 1] == str(processes)
