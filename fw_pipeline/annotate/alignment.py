@@ -157,7 +157,7 @@ def _block_depth(seen: _Block, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _depth_slopes(seen: _Block, along: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each pixel the cost's first and (Gauss-Newton) second derivative by log depth, and the mean of confidence times
-    robust weight, [B] each. `along` [K, B, 3] goes from the image's centre to the model point; it is also that point's derivative.
+    robust weight, [B] each. `along` [K, B, 3] goes from the image's centre to the model point: also the point's derivative.
     """
     model = along + seen.origin[:, None]
     reach, measured = np.maximum(length(model), TINY), length(seen.points)

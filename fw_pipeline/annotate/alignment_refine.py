@@ -27,8 +27,8 @@ from fw_pipeline.annotate.vectors import cross, length, median_of_finite, rotati
 KERNEL = 9.0  # squared residual, in noise units, at which a pixel's weight has fallen to a quarter
 FLOOR = 1e-5  # radians and relative distance: finer noise than float32 pointmaps can carry
 DIRECTION_RANGE = (0.2, 1.0)  # noise of directions allowed, relative to that of distances
-PAIR_RANGE = (0.5, 6.0)  # noise of a pair relative to the median pair: below is chance, above the pair is wrong, unless it
-TOLERATED = 0.05  # fits the clip this well: then it is only noisier than others
+MAX_PAIR_NOISE = 6.0  # relative to the median pair; a noisier one is wrong
+TOLERATED = 0.05  # unless it fits the clip this well: then it is only noisier than others
 MEDIAN_3D = 2.37  # median of a squared standard normal 3-vector
 MIN_BELIEVED = 0.5  # share of the pairs
 TINY = 1e-12
@@ -76,8 +76,8 @@ def estimate_noise(found: Residuals, samples: Samples) -> Noise:
     square = (found.direction / direction[:, None]) ** 2 + (found.distance / distance) ** 2
     level = np.sqrt(_worse_view(square, seen) / MEDIAN_3D)
     level /= max(float(np.nanmedian(level)), 1.0)
-    factor = np.repeat(np.maximum(level, PAIR_RANGE[0]), 2)
-    believed = (level <= PAIR_RANGE[1]) | (pair_errors(found, samples) <= TOLERATED)
+    factor = np.repeat(np.maximum(level, 1.0), 2)
+    believed = (level <= MAX_PAIR_NOISE) | (pair_errors(found, samples) <= TOLERATED)
     return Noise(direction * factor, distance * factor, believed)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycolmap
@@ -42,7 +43,10 @@ class ColmapEngine:
     enlarge_to: int = 640  # frames with a shorter long side are enlarged for SIFT, which finds little in small pictures
     exhaustive_up_to: int = 24  # frames; longer clips are matched in a window with links of doubling length (linear cost)
     min_registered: float = 0.8  # share of frames
-    min_motion: float = 0.004  # of the long side: how far matched features must move between some pair of frames
+    # A feature that moves less than `still` of the long side between frames half a clip apart stays where it is. Measured on
+    # real clips: 0 % of the matches stay with a moving camera, 34 % to 90 % with a fixed one in front of a moving animal.
+    still: float = 0.002
+    max_still: float = 0.25
     min_angle: float = 0.5  # degrees of median triangulation angle; below it depth is noise
     sweep: SweepSettings = field(default_factory=SweepSettings)
     name: str = "colmap"
@@ -137,7 +141,11 @@ class ColmapEngine:
         matching.use_gpu, matching.num_threads = False, 2
         verification.ransac.random_seed = 0
         verification.ransac.max_error = scale  # one pixel of the frame as it came
-        common = {"matching_options": matching, "verification_options": verification, "device": pycolmap.Device.cpu}
+        common: dict[str, Any] = {
+            "matching_options": matching,
+            "verification_options": verification,
+            "device": pycolmap.Device.cpu,
+        }
         if count <= self.exhaustive_up_to:
             pycolmap.match_exhaustive(database, **common)
         else:
@@ -147,7 +155,7 @@ class ColmapEngine:
         store = pycolmap.Database.open(database)
         try:
             ids = {image.image_id: int(image.name[:6]) for image in store.read_all_images()}
-            keypoints = [np.empty((0, 2))] * count
+            keypoints: list[np.ndarray] = [np.empty((0, 2))] * count
             for image_id, index in ids.items():
                 keypoints[index] = np.asarray(store.read_keypoints(image_id))[:, :2]
             found: Matches = {}
@@ -167,13 +175,15 @@ class ColmapEngine:
         if len(good) < len(keypoints) // 2:
             features = int(np.median([len(k) for k in keypoints]))
             raise RejectedClip(f"hardly any matches between frames ({features} features in a typical one): no texture, or blur")
-        moved = [
-            float(np.median(np.linalg.norm(keypoints[i][m[:, 0]] - keypoints[j][m[:, 1]], axis=1))) for (i, j), m in good.items()
-        ]
-        if max(moved) < self.min_motion * long_side:
-            raise RejectedClip(
-                f"the camera does not move: matched features shift by at most {100 * max(moved) / long_side:.2f} % of the picture"
-            )
+        apart = max(1, len(keypoints) // 2)
+        far = {pair: m for pair, m in good.items() if pair[1] - pair[0] >= apart} or good
+        shares = []
+        for (i, j), m in far.items():
+            moved = np.linalg.norm(keypoints[i][m[:, 0]] - keypoints[j][m[:, 1]], axis=1)
+            shares.append(float((moved < self.still * long_side).mean()))
+        share = float(np.median(shares))
+        if share > self.max_still:
+            raise RejectedClip(f"the camera does not move: {share:.0%} of the matched features stay where they are")
 
     def _map(
         self, database: Path, images: Path, folder: Path, size: tuple[int, int], across: np.ndarray, known: np.ndarray | None

@@ -94,7 +94,7 @@ def choose_sources(w2c: np.ndarray, distance: np.ndarray, angles: tuple[float, .
     for t in range(len(w2c)):
         angle = np.degrees(np.linalg.norm(centres - centres[t], axis=1) / distance[t])
         picked: list[int] = []
-        for side in (np.arange(t), np.arange(t + 1, len(w2c))):
+        for side in (range(t), range(t + 1, len(w2c))):
             for target in angles:
                 left = [s for s in side if s not in picked]
                 if left:

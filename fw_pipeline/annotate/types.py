@@ -83,8 +83,13 @@ class ClipDepth:
 class GeometryEngine(Protocol):
     """Gives cameras and geometric depth: `colmap`, `dust3r`."""
 
-    name: str
-    version: str  # changes when results would: code version plus model id and revision, if any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Changes when results would: code version, settings, and model id and revision, if any."""
+        ...
 
     def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
         """frames [T, h, w, 3] uint8 RGB; intrinsics [3, 3] pixels when known, else estimated.
@@ -97,8 +102,13 @@ class GeometryEngine(Protocol):
 class DepthEngine(Protocol):
     """Gives the final depth: `depth-anything-v2` aligned to the geometry, or the geometry's own (`geometry`)."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """As `GeometryEngine.version`."""
+        ...
 
     def estimate(self, frames: np.ndarray, geometry: ClipGeometry) -> ClipDepth:
         """frames [T, h, w, 3] uint8 RGB at the same size as `geometry`."""

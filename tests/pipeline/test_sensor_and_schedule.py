@@ -53,7 +53,7 @@ def test_a_video_still_being_copied_waits_and_a_replaced_one_runs_again(folder: 
 
 def test_the_schedule_launches_when_a_video_has_no_annotation(environment: Path) -> None:
     with (
-        dg.DagsterInstance.ephemeral() as instance,
+        dg.instance_for_test() as instance,
         dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
     ):
         request = reannotate(context)
@@ -65,7 +65,7 @@ def test_the_schedule_skips_when_everything_is_up_to_date(finished_graph: Finish
     for name, value in environment_of(finished_graph.root).items():
         monkeypatch.setenv(name, value)
     with (
-        dg.DagsterInstance.ephemeral() as instance,
+        dg.instance_for_test() as instance,
         dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
     ):
         assert isinstance(reannotate(context), dg.SkipReason)
