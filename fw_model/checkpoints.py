@@ -206,6 +206,15 @@ def save_state(
     return final
 
 
+def remove_leftovers(output: Path) -> None:
+    """Remove the temporary files that killed runs left in an output folder; the caller is the only one writing there."""
+    for path in [*output.glob(".*.tmp"), *(output / "state").glob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def read_progress(state: Path) -> dict[str, Any]:
     """The JSON of a state folder. Raises CheckpointError if it cannot be read."""
     path = state / "progress.json"

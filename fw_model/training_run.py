@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
-from fw_model.checkpoints import latest_state, load_checkpoint, load_state, read_progress
+from fw_model.checkpoints import latest_state, load_checkpoint, load_state, read_progress, remove_leftovers
 from fw_model.config import Preset, Stage, StageConfig
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.sampler import ResumableBucketSampler
@@ -114,6 +114,7 @@ def build_run(
     metrics = None
     if accelerator.is_main_process:
         claim(output, identity)
+        remove_leftovers(output)
         listeners = _listeners(accelerator, config, on_metrics)
         metrics = MetricsLog(output / "metrics.jsonl", progress.step if state else -1, listeners)
     accelerator.wait_for_everyone()

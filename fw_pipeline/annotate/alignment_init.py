@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from fw_pipeline.annotate.pair_graph import PairMaps, require_connected
+from fw_pipeline.annotate.pair_graph import PairMaps, require_connected, sure_level
 from fw_pipeline.annotate.pose import pixel_threshold, pnp_ransac
 from fw_pipeline.annotate.types import RejectedClip
 from fw_pipeline.annotate.vectors import length, median_of_finite
@@ -30,8 +30,8 @@ class Samples:
     grid: np.ndarray  # [N, P, 2] image position minus the principal point
     image: np.ndarray  # [O] whose pixels
     source: np.ndarray  # [O] in whose camera frame
-    points: np.ndarray  # [O, P, 3] float64, the pair's own scale; (0, 0, 1) where unusable
-    weight: np.ndarray  # [O, P] from confidence, 0 where unusable, about 1 at the median
+    points: np.ndarray  # [O, P, 3] float64, the pair's own scale; (0, 0, 1) where not used
+    weight: np.ndarray  # [O, P] from confidence, 0 where not used, about 1 at the median
 
     @property
     def own(self) -> np.ndarray:
@@ -51,7 +51,10 @@ class State:
 
 
 def sample_pixels(maps: PairMaps, count: int) -> Samples:
-    """About `count` pixels of each image, spread evenly: of each cell of a lattice the one with the most confidence."""
+    """About `count` pixels of each image, spread evenly: of each cell of a lattice the one with the most confidence.
+
+    Observations below their pointmap's `sure_level` get no weight.
+    """
     height, width = maps.size
     step = max(1.0, np.sqrt(height * width / count))
     rows, cols = (np.linspace(0, size, max(2, round(size / step)) + 1).astype(int) for size in (height, width))
@@ -68,8 +71,9 @@ def sample_pixels(maps: PairMaps, count: int) -> Samples:
     grid = np.stack([pixels % width - width / 2, pixels // width - height / 2], axis=-1)
     points = np.stack([points.reshape(-1, 3)[pixels[image]] for image, points, _ in maps.observations()])
     weight = np.stack([confidence.ravel()[pixels[image]] for image, _, confidence in maps.observations()])
-    good = weight > 0
-    weight = np.minimum(weight / np.median(weight[good]), MAX_WEIGHT).astype(np.float64)
+    level = np.array([sure_level(confidence) for _, _, confidence in maps.observations()])
+    good = (weight > 0) & (weight >= level[:, None])
+    weight = np.where(good, np.minimum(weight / np.median(weight[good]), MAX_WEIGHT), 0).astype(np.float64)
     points = np.where(good[..., None], points, [0, 0, 1]).astype(np.float64)
     return Samples(grid, maps.views.ravel(), np.repeat(maps.views[:, 0], 2), points, weight)
 

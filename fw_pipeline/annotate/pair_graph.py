@@ -13,6 +13,7 @@ from scipy.sparse import csgraph
 from fw_pipeline.annotate.types import RejectedClip
 
 SPREAD = 1e-3  # a pointmap whose points stay within this fraction of their distance is one point, not a scene
+UNSURE = 0.3  # of the 80th percentile of a map's confidence
 LOW_CONFIDENCE = 1.1  # the network's floor is 1; a clip whose better pixels stay under this was not understood
 
 
@@ -61,6 +62,16 @@ def to_numpy(array: Any) -> np.ndarray:
     if hasattr(array, "detach"):
         array = array.detach().cpu().float().numpy()
     return np.asarray(array, np.float32)
+
+
+def sure_level(confidence: np.ndarray) -> float:
+    """Confidence below which a pixel of this map [any shape, 0 = unusable] is not used to find cameras.
+
+    Where a network is unsure (sky, glass, what moves) whole regions are wrong together, which robust averages do not survive.
+    The level is relative to the map's own better pixels, so that a fifth of them at least are always used.
+    """
+    known = confidence[confidence > 0]
+    return UNSURE * float(np.quantile(known[:: max(1, known.size // 2000)], 0.8)) if known.size else 0.0
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
-from fw_pipeline.annotate.pair_graph import PairPrediction, to_numpy
+from fw_pipeline.annotate.pair_graph import PairPrediction, sure_level, to_numpy
+from fw_pipeline.annotate.quality import MAX_INTERPOLATED
 from fw_pipeline.annotate.types import RejectedClip
 from fw_pipeline.annotate.vectors import length
 
-PNP_PIXELS = 2000  # at most, of the more confident half
+PNP_PIXELS = 2000  # at most
 MIN_POINTS = 12
 MIN_INLIERS = 0.2  # share of the points; fewer agreeing ones are chance
-MAX_INTERPOLATED = 0.2  # share of a clip's frames
 MIN_PARALLAX = 0.01  # extent of the camera's path over the scene's median depth
 GRID_ORIGINS = (0.0, 0.5)
 
@@ -33,7 +33,7 @@ class PnPError(ValueError):
 @dataclass(frozen=True)
 class PnPResult:
     w2c: np.ndarray  # [3, 4] float64
-    inlier_ratio: float  # share of all usable pixels whose point projects within `pixel_threshold` of them
+    inlier_ratio: float  # share of the pixels above `sure_level` whose point projects within `pixel_threshold` of them
     reprojection_error: float  # median over those, pixels
 
 
@@ -47,7 +47,7 @@ def solve_pnp(points_world: Any, confidence: Any, intrinsics: Any, origin: float
 
     Args:
         points_world: [H, W, 3] numpy or torch, any units; non-finite points are left out.
-        confidence: [H, W] relative; pixels at 0 are left out.
+        confidence: [H, W] relative; pixels at 0, or below `sure_level`, are left out.
         intrinsics: [3, 3] pixels.
         origin: image position of pixel (0, 0) that `intrinsics` mean: 0 for the network's integer grid, 0.5 for pixel
             centres. None: 0, unless the points fit 0.5 clearly better, which exact ones show.
@@ -58,31 +58,32 @@ def solve_pnp(points_world: Any, confidence: Any, intrinsics: Any, origin: float
     """
     points, weight, lens = _pnp_input(points_world, confidence, intrinsics)
     height, width = weight.shape
-    usable = np.flatnonzero(weight.ravel())
-    if len(usable) < MIN_POINTS:
-        raise PnPError(f"only {len(usable)} usable points, {MIN_POINTS} are needed")
-    chosen = _confident(usable, weight.ravel())
-    points = points.reshape(-1, 3)
-    corners = np.stack([usable % width, usable // width], axis=1).astype(np.float64)
-    pixels = np.stack([chosen % width, chosen // width], axis=1).astype(np.float64)
-    _require_spread(points[chosen])
+    sure = np.flatnonzero((weight > 0) & (weight >= sure_level(weight)))
+    if len(sure) < MIN_POINTS:
+        raise PnPError(f"only {len(sure)} usable points, {MIN_POINTS} are needed")
+    points = points.reshape(-1, 3)[sure]
+    pixels = np.stack([sure % width, sure // width], axis=1).astype(np.float64)
+    some = np.linspace(0, len(sure) - 1, min(PNP_PIXELS, len(sure))).astype(int)
+    _require_spread(points[some])
     threshold = pixel_threshold(height, width)
-    start = pnp_ransac(points[chosen], pixels + (origin or 0.0), lens, threshold)
+    start = pnp_ransac(points[some], pixels[some] + (origin or 0.0), lens, threshold)
     if start is None:
-        raise PnPError(f"no pose fits the {len(chosen)} points tried")
+        raise PnPError(f"no pose fits the {len(some)} points tried")
     fits = []
     for grid in GRID_ORIGINS if origin is None else (origin,):
-        rotation, translation = _polish(points[chosen], pixels + grid, lens, *start)
-        error = _reprojection(points[usable], corners + grid, lens, rotation, translation)
-        fits.append(
-            (float(np.median(error[error < threshold])) if (error < threshold).any() else np.inf, rotation, translation, error)
-        )
-    best = fits[1] if len(fits) > 1 and fits[1][0] < 0.5 * fits[0][0] else fits[0]
-    _, rotation, translation, error = best
-    ratio = float((error < threshold).mean())
-    if ratio < MIN_INLIERS:
-        raise PnPError(f"only {100 * ratio:.0f} % of the points fit one pose within {threshold:.3g} px")
-    return PnPResult(np.concatenate([rotation, translation[:, None]], axis=1), ratio, best[0])
+        rotation, translation = _polish(points[some], pixels[some] + grid, lens, *start)
+        error = _reprojection(points, pixels + grid, lens, rotation, translation)
+        fits.append(_result(rotation, translation, error, threshold))
+    best = fits[-1] if fits[-1].reprojection_error < 0.5 * fits[0].reprojection_error else fits[0]
+    if not best.inlier_ratio >= MIN_INLIERS:
+        raise PnPError(f"only {100 * best.inlier_ratio:.0f} % of the points fit one pose within {threshold:.3g} px")
+    return best
+
+
+def _result(rotation: np.ndarray, translation: np.ndarray, error: np.ndarray, threshold: float) -> PnPResult:
+    inlier = error < threshold
+    typical = float(np.median(error[inlier])) if inlier.any() else np.inf
+    return PnPResult(np.concatenate([rotation, translation[:, None]], axis=1), float(inlier.mean()), typical)
 
 
 def pnp_ransac(
@@ -94,8 +95,8 @@ def pnp_ransac(
     """
     if len(points) < 6:
         return None
-    centre = points.mean(0)  # far from the origin the solver loses digits
-    spread = float(length(points - centre).mean())
+    centre = np.median(points, axis=0)  # far from the origin, or in great units, the solver loses digits
+    spread = float(np.median(length(points - centre)))
     if not spread > 0:
         return None
     try:
@@ -122,14 +123,14 @@ def pnp_ransac(
 def points_in_world(pair: PairPrediction, depth_i: np.ndarray, w2c_i: np.ndarray) -> np.ndarray:
     """World points [H, W, 3] of frame j of a pair whose frame i is already aligned: what `solve_pnp` wants for frame j.
 
-    depth_i [H, W] z-depth of frame i (0 = unknown) and w2c_i [3, 4] are in the clip's units; they give the pair its scale, the
-    median ratio over frame i's better pixels. Raises PnPError when frame i has no usable pixel in common with them.
+    depth_i [H, W] z-depth of frame i (0 = unknown) and w2c_i [3, 4] are in the clip's units. The pair gets its scale from them,
+    the median ratio over the pixels of frame i that the network is sure of. Raises PnPError when there is none.
     """
     z, trust = to_numpy(pair.points_i)[..., 2], to_numpy(pair.confidence_i)
     both = np.isfinite(z) & (z > 0) & (trust > 0) & (depth_i > 0)
     if not both.any():
         raise PnPError(f"pair ({pair.i}, {pair.j}): no pixel of frame {pair.i} has a depth both in the pair and in the clip")
-    both &= trust >= np.median(trust[both])
+    both &= trust >= sure_level(np.where(both, trust, 0))
     scale = float(np.median(depth_i[both] / z[both]))
     local = scale * to_numpy(pair.points_j).astype(np.float64) - w2c_i[:, 3]
     return np.asarray(local @ w2c_i[:, :3])
@@ -138,25 +139,35 @@ def points_in_world(pair: PairPrediction, depth_i: np.ndarray, w2c_i: np.ndarray
 def fill_missing_poses(poses: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
     """Poses w2c [3, 4] of a clip, None where PnP failed -> (w2c [T, 3, 4], interpolated [T] bool).
 
-    Between its nearest solved neighbours a camera's centre moves on a line and it turns at a constant rate; before the first
-    and after the last solved frame it stands still. Raises RejectedClip when more than a fifth of the frames are missing.
+    Raises RejectedClip when more than MAX_INTERPOLATED of the frames are missing.
     """
     missing = np.array([pose is None for pose in poses], bool)
     if not len(missing) or missing.mean() > MAX_INTERPOLATED:
         raise RejectedClip(
-            f"the camera of {missing.sum()} of {len(missing)} frames could not be found; at most a fifth may be filled in"
+            f"the camera of {missing.sum()} of {len(missing)} frames could not be found (at most {MAX_INTERPOLATED:.0%})"
         )
-    w2c = np.stack([np.full((3, 4), np.nan) if pose is None else np.asarray(pose, np.float64) for pose in poses])
-    solved, lost = np.flatnonzero(~missing), np.flatnonzero(missing)
-    if not len(lost):
-        return w2c, missing
-    rotation = w2c[solved, :, :3]
-    centres = -np.einsum("tji,tj->ti", rotation, w2c[solved, :, 3])
-    when = np.clip(lost, solved[0], solved[-1])
-    w2c[lost, :, :3] = Slerp(solved, Rotation.from_matrix(rotation))(when).as_matrix() if len(solved) > 1 else rotation
-    centre = np.stack([np.interp(when, solved, centres[:, axis]) for axis in range(3)], axis=1)
-    w2c[lost, :, 3] = -np.einsum("tij,tj->ti", w2c[lost, :, :3], centre)
-    return w2c, missing
+    return fill_poses({t: pose for t, pose in enumerate(poses) if pose is not None}, len(poses)), missing
+
+
+def fill_poses(poses: dict[int, np.ndarray], count: int) -> np.ndarray:
+    """w2c [T, 3, 4] of all frames from those that are known: between two neighbours the camera turns (slerp) and moves
+    evenly; before the first and after the last it stands still. Callers flag the frames they did not give.
+
+    Raises ValueError without a known pose.
+    """
+    if not poses:
+        raise ValueError("no known pose to fill in the others from")
+    known = np.array(sorted(poses))
+    given = np.stack([np.asarray(poses[t], np.float64) for t in known])
+    centres = -np.einsum("tji,tj->ti", given[:, :, :3], given[:, :, 3])
+    if len(known) == 1:  # too few for a slerp
+        return np.repeat(given, count, axis=0)
+    times = np.clip(np.arange(count), known[0], known[-1])
+    rotation = Slerp(known, Rotation.from_matrix(given[:, :, :3]))(times).as_matrix()
+    centre = np.stack([np.interp(times, known, centres[:, axis]) for axis in range(3)], axis=1)
+    w2c = np.concatenate([rotation, -np.einsum("tij,tj->ti", rotation, centre)[..., None]], axis=2)
+    w2c[known] = given
+    return w2c
 
 
 def require_motion(w2c: np.ndarray, depth: np.ndarray) -> None:
@@ -190,14 +201,6 @@ def _pnp_input(points_world: Any, confidence: Any, intrinsics: Any) -> tuple[np.
         raise ValueError(f"solve_pnp: not intrinsics of a camera: {lens.tolist()}")
     good = np.isfinite(points).all(-1) & np.isfinite(weight) & (weight > 0)
     return points, np.where(good, weight, 0), lens
-
-
-def _confident(usable: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """At most PNP_PIXELS of the more confident half of the usable pixels, evenly spread."""
-    better = usable[weight[usable] >= np.median(weight[usable])]
-    if len(better) < MIN_POINTS:
-        better = usable
-    return better[np.linspace(0, len(better) - 1, min(PNP_PIXELS, len(better))).astype(int)]
 
 
 def _require_spread(points: np.ndarray) -> None:

@@ -1,33 +1,11 @@
 """The lines in the README, typed as they stand."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from fw_pipeline.run_demo import render
-from tests.pipeline.conftest import FinishedGraph, environment_of, shell
-
-STAGE2 = "source env.sh && dagster job execute -j stage2_training"
-
-
-def test_the_literal_line_trains_stage_2(finished_graph: FinishedGraph, tmp_path: Path) -> None:
-    """On a copy of the finished graph without its stage 2."""
-    root = tmp_path / "copy"
-    shutil.copytree(finished_graph.root, root)
-    shutil.rmtree(root / "data" / "outputs" / "fantasy_world_stage2")
-    result = shell(STAGE2, **environment_of(root))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert len(list((root / "data" / "outputs" / "fantasy_world_stage2").glob("*/step-3.safetensors"))) == 1
-
-
-def test_stage_2_without_stage_1_fails_at_once_and_names_the_job_to_run(finished_graph: FinishedGraph, tmp_path: Path) -> None:
-    root = tmp_path / "copy"
-    shutil.copytree(finished_graph.root, root)
-    shutil.rmtree(root / "data" / "outputs")
-    result = shell(STAGE2, **environment_of(root))
-    assert result.returncode != 0
-    assert "dagster job execute -j stage1_training" in result.stderr
+from tests.pipeline.conftest import shell
 
 
 @pytest.mark.parametrize(

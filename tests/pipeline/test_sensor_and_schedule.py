@@ -12,7 +12,6 @@ from fw_pipeline.definitions import defs
 from fw_pipeline.launch import range_tags
 from fw_pipeline.schedules import reannotate
 from fw_pipeline.sensors import new_videos
-from tests.pipeline.conftest import FinishedGraph, environment_of
 
 
 def tick(instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorResult:
@@ -59,16 +58,6 @@ def test_the_schedule_launches_when_a_video_has_no_annotation(environment: Path)
         request = reannotate(context)
     assert isinstance(request, dg.RunRequest)
     assert request.tags["fantasyworld/stale"] == "2"
-
-
-def test_the_schedule_skips_when_everything_is_up_to_date(finished_graph: FinishedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment_of(finished_graph.root).items():
-        monkeypatch.setenv(name, value)
-    with (
-        dg.instance_for_test() as instance,
-        dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
-    ):
-        assert isinstance(reannotate(context), dg.SkipReason)
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), unique=True), st.lists(st.sampled_from("abcdefghij"), unique=True, min_size=1))

@@ -1,5 +1,6 @@
-"""From two videos to two reports, through the very jobs people launch."""
+"""From two videos to two reports, through the very jobs people launch. (One file: its tests share one finished graph.)"""
 
+import shutil
 from pathlib import Path
 
 import dagster as dg
@@ -9,9 +10,12 @@ from fw_model.data.manifest import read_manifest
 from fw_pipeline.definitions import defs
 from fw_pipeline.launch import register
 from fw_pipeline.pipeline import Pipeline
+from fw_pipeline.schedules import reannotate
 from fw_pipeline.settings import Settings, settings_from_env
 from fw_pipeline.training import plan_training
-from tests.pipeline.conftest import FinishedGraph
+from tests.pipeline.conftest import FinishedGraph, environment_of, shell
+
+STAGE2 = "source env.sh && dagster job execute -j stage2_training"
 
 
 @pytest.fixture
@@ -66,6 +70,35 @@ def test_a_second_run_recomputes_nothing(finished_graph: FinishedGraph, settings
     assert run.success
     assert len(before) == 2
     assert depth_files() == before
+
+
+def test_the_literal_line_trains_stage_2(finished_graph: FinishedGraph, tmp_path: Path) -> None:
+    """On a copy of the finished graph without its stage 2."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished_graph.root, root)
+    shutil.rmtree(root / "data" / "outputs" / "fantasy_world_stage2")
+    result = shell(STAGE2, **environment_of(root))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((root / "data" / "outputs" / "fantasy_world_stage2").glob("*/step-3.safetensors"))) == 1
+
+
+def test_stage_2_without_stage_1_fails_at_once_and_names_the_job_to_run(finished_graph: FinishedGraph, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(finished_graph.root, root)
+    shutil.rmtree(root / "data" / "outputs")
+    result = shell(STAGE2, **environment_of(root))
+    assert result.returncode != 0
+    assert "dagster job execute -j stage1_training" in result.stderr
+
+
+def test_the_schedule_skips_when_everything_is_up_to_date(finished_graph: FinishedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment_of(finished_graph.root).items():
+        monkeypatch.setenv(name, value)
+    with (
+        dg.instance_for_test() as instance,
+        dg.build_schedule_context(resources=defs.resources, instance=instance) as context,
+    ):
+        assert isinstance(reannotate(context), dg.SkipReason)
 
 
 def test_one_partition_annotates_one_video(environment: Path) -> None:

@@ -208,6 +208,13 @@ def test_knobs_that_do_not_change_what_is_learnt_do_not_change_the_run() -> None
     assert digest("model.geometry.pose_rank=8") != digest()
 
 
+def test_leftovers_of_a_killed_run_are_removed(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "state" / ".step-1.99.tmp").mkdir(parents=True)
+    (tmp_path / ".step-1.safetensors.99.tmp").touch()
+    train.train(small_preset("stage1.steps=1"), "stage1", dataset, tmp_path)
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+
+
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(TrainingError, match=f"process {os.getpid()} is training into it"), locked(tmp_path, 0):
         pass
