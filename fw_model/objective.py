@@ -79,24 +79,23 @@ def fixed_draws(batch: Batch, timestep: float, generator: torch.Generator) -> Dr
     return Draws(noise, torch.full((len(batch),), timestep), torch.zeros(len(batch), dtype=torch.bool))
 
 
+def autocast(config: StageConfig, device: torch.device) -> torch.autocast:
+    """The stage's precision, as a context for `predict`. Losses are computed outside it, in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
 def predict(model: torch.nn.Module, batch: Batch, draws: Draws) -> FantasyWorldOutput:
     """Run the model on noised clips; batch, draws and model are on one device.
 
     The VAE is causal in time, so frame 0 of a clip's latents is the latent of its first image: the image latents are that
     frame followed by zeros, as the base was trained.
     """
-    height, width = batch.depth.shape[-2:]
     image_latents = torch.zeros_like(batch.latents)
     image_latents[:, :, 0] = batch.latents[:, :, 0]
-    return model(
-        SCHEDULE.add_noise(batch.latents, draws.noise, draws.timestep),
-        image_latents,
-        draws.timestep,
-        batch.text,
-        batch.image,
-        control_latents(batch.w2c, batch.intrinsics, height, width),
-        pose_mask=draws.pose_mask,
-    )
+    with torch.autocast(batch.latents.device.type, enabled=False):  # rays and noise levels need all their digits
+        noisy = SCHEDULE.add_noise(batch.latents, draws.noise, draws.timestep)
+        camera = control_latents(batch.w2c, batch.intrinsics, *batch.depth.shape[-2:])
+    return model(noisy, image_latents, draws.timestep, batch.text, batch.image, camera, pose_mask=draws.pose_mask)
 
 
 def compute_losses(

@@ -31,7 +31,7 @@ from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.losses import make_targets
 from fw_model.metrics import Array, absrel, ate, auc, delta125, depth_scale, relative_pose_errors
-from fw_model.objective import SCHEDULE, fixed_draws, generator_for, predict
+from fw_model.objective import SCHEDULE, autocast, fixed_draws, generator_for, predict
 from fw_model.report_page import page
 from fw_model.run_folder import TrainingError, read_result
 from fw_model.training_run import open_dataset
@@ -150,8 +150,7 @@ def _predict_clip(
     batch = collate([clips[index]])
     draws = fixed_draws(batch, timestep, generator_for("report", index)).to(device)
     batch = batch.to(device)
-    half = metadata.preset.stage(metadata.stage).precision == "bfloat16"
-    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half):
+    with autocast(metadata.preset.stage(metadata.stage), torch.device(device)):
         output = predict(model, batch, draws)
     targets = make_targets(batch)
     w2c, _ = decode_pose(output.pose_encodings[-1].float(), *batch.depth.shape[-2:])

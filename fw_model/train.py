@@ -33,7 +33,7 @@ from fw_model.config import ConfigError, Preset, Stage, load_preset
 from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.data.schema import Batch
 from fw_model.metrics_log import OnMetrics
-from fw_model.objective import LOSS_NAMES, compute_losses, predict, training_draws
+from fw_model.objective import LOSS_NAMES, autocast, compute_losses, predict, training_draws
 from fw_model.run_folder import (
     TrainingError,
     TrainResult,
@@ -143,7 +143,7 @@ def _step(run: Run, stop: threading.Event) -> bool:
         draws = training_draws(batch, config, progress.step, place).to(accelerator.device)
         batch = batch.to(accelerator.device)
         with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(run.wrapped):
-            with accelerator.autocast():
+            with autocast(config, accelerator.device):
                 output = predict(run.wrapped, batch, draws)
             losses = compute_losses(output, batch, draws, run.stage, config)
             accelerator.backward(losses["total"] / accumulation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -118,9 +119,7 @@ def build_run(
         listeners = _listeners(accelerator, config, on_metrics)
         metrics = MetricsLog(output / "metrics.jsonl", progress.step if state else -1, listeners)
     accelerator.wait_for_everyone()
-    loader = DataLoader(
-        clips, batch_sampler=sampler, collate_fn=collate, num_workers=config.workers, worker_init_fn=_ignore_signals
-    )
+    loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, num_workers=config.workers, worker_init_fn=_apart)
     return Run(
         preset=preset,
         stage=stage,
@@ -141,15 +140,12 @@ def build_run(
 
 
 def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
-    """accelerate's idea of devices and processes, with the stage's precision and trackers.
+    """accelerate's idea of devices and processes, with the stage's trackers.
 
+    The stage's precision is applied by `objective.autocast`: accelerate's own setting is per process, not per run.
     Raises TrainingError for a way of distributing that this loop does not know.
     """
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
-        log_with=list(config.trackers) or None,
-        project_dir=output,
-    )
+    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
             f"this loop runs on one device or data-parallel (MULTI_GPU, MULTI_CPU), not {accelerator.distributed_type.value}; "
@@ -232,7 +228,8 @@ def _listeners(accelerator: Accelerator, config: StageConfig, on_metrics: OnMetr
     return listeners
 
 
-def _ignore_signals(worker: int) -> None:
-    """Data workers outlive a Ctrl-C, which reaches the whole process group, so that the step can be finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _apart(worker: int) -> None:
+    """Put a data worker into a process group of its own: a Ctrl-C, or a signal to the whole group, then reaches only the
+    training process, which finishes its step. The worker ends with a plain SIGTERM, not with the handler it inherited."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

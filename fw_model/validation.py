@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from fw_model.config import Stage, StageConfig
 from fw_model.data.dataset import collate
-from fw_model.objective import LOSS_NAMES, compute_losses, predict, validation_draws
+from fw_model.objective import LOSS_NAMES, autocast, compute_losses, predict, validation_draws
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def validate(
         model: on `accelerator.device`, not wrapped; comes back in training mode.
         clips: a ClipDataset.
         stage: decides which losses there are.
-        config: gives `validation_clips`, `seed`, and the loss weights.
-        accelerator: gives the processes and the precision.
+        config: gives `validation_clips`, `seed`, precision and loss weights.
+        accelerator: gives the device and the processes.
 
     Returns:
         Loss name -> mean, for `LOSS_NAMES[stage]`; the same on every process.
@@ -36,7 +36,7 @@ def validate(
         batch = collate([clips[place]])
         draws = validation_draws(batch, config.seed, place, count).to(accelerator.device)
         batch = batch.to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(config, accelerator.device):
             output = predict(model, batch, draws)
         losses = compute_losses(output, batch, draws, stage, config)
         sums += torch.stack([losses[name] for name in LOSS_NAMES[stage]])

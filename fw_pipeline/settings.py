@@ -29,7 +29,7 @@ class Settings(Config):
     annotation_long_side: int = Field(448, ge=64)  # pixels; the annotators see frames of this size or the source's, if smaller
     device: str = "cpu"
     processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
-    val_percent: float = Field(10.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
+    val_percent: float = Field(2.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
 
     def load_preset(self) -> Preset:
         return load_preset(self.preset, list(self.overrides))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class TrainingPlan:
         """The `accelerate launch` line, as a list (no shell)."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
         launch += ["--num_processes", str(self.processes), "--mixed_precision", "no"]  # the stage's own `precision` decides
+        launch += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // self.processes))]
         if self.device == "cpu":
             launch.append("--cpu")
         elif self.processes > 1:

@@ -76,7 +76,7 @@ def estimate_noise(found: Residuals, samples: Samples) -> Noise:
     square = (found.direction / direction[:, None]) ** 2 + (found.distance / distance) ** 2
     level = np.sqrt(_worse_view(square, seen) / MEDIAN_3D)
     level /= max(float(np.nanmedian(level)), 1.0)
-    factor = np.repeat(np.maximum(level, 1.0), 2)
+    factor = np.repeat(np.fmax(level, 1.0), 2)
     believed = (level <= MAX_PAIR_NOISE) | (pair_errors(found, samples) <= TOLERATED)
     return Noise(direction * factor, distance * factor, believed)
 
@@ -116,7 +116,7 @@ def refine(state: State, samples: Samples, iterations: int = 30, settle: int = 8
         trial, size = _step(state, samples, noise, weight, damping)
         found = residuals(trial, samples)
         trial_cost, trial_weight = cost_and_weight(found, samples, noise)
-        if trial_cost > cost:
+        if not trial_cost <= cost:  # also when it is not a number
             damping *= 10
             if damping > 1e4:
                 break

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pycolmap
 from PIL import Image
-from scipy.spatial.transform import Rotation, Slerp
 
 from fw_pipeline.annotate.plane_sweep import SweepSettings, depth_range, sweep_depth
+from fw_pipeline.annotate.pose import fill_poses
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 
 CODE_VERSION = 1
@@ -287,26 +287,6 @@ def _fit(model: SparseModel, count: int, tolerance: float) -> tuple[np.ndarray, 
         ratio[t] = inliers.mean() if len(off) else 0
         error[t] = np.median(off[inliers]) if inliers.any() else tolerance
     return ratio, error
-
-
-def fill_poses(poses: dict[int, np.ndarray], count: int) -> np.ndarray:
-    """w2c [T, 3, 4] of all frames from those that are known: between two neighbours the camera turns (slerp) and moves
-    evenly; before the first and after the last it stands still. Callers flag the frames they did not give.
-
-    Raises ValueError without at least two known poses.
-    """
-    known = np.array(sorted(poses))
-    if len(known) < 2:
-        raise ValueError(f"{len(known)} known poses; at least 2 are needed to fill in the others")
-    c2w = Rotation.from_matrix(np.stack([poses[t][:, :3].T for t in known]))
-    centres = np.stack([-poses[t][:, :3].T @ poses[t][:, 3] for t in known])
-    times = np.clip(np.arange(count), known[0], known[-1])
-    rotation = Slerp(known, c2w)(times).as_matrix().transpose(0, 2, 1)
-    centre = np.stack([np.interp(times, known, centres[:, axis]) for axis in range(3)], 1)
-    w2c = np.concatenate([rotation, -np.einsum("tij,tj->ti", rotation, centre)[..., None]], -1)
-    for t in known:
-        w2c[t] = poses[t]
-    return w2c
 
 
 def _first_camera_world(w2c: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

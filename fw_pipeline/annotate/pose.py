@@ -20,6 +20,7 @@ from fw_pipeline.annotate.types import RejectedClip
 from fw_pipeline.annotate.vectors import length
 
 PNP_PIXELS = 2000  # at most
+PNP_DRAWS = 1000  # at most; as many as the share of outliers asks for
 MIN_POINTS = 12
 MIN_INLIERS = 0.2  # share of the points; fewer agreeing ones are chance
 MIN_PARALLAX = 0.01  # extent of the camera's path over the scene's median depth
@@ -66,7 +67,7 @@ def solve_pnp(points_world: Any, confidence: Any, intrinsics: Any, origin: float
     some = np.linspace(0, len(sure) - 1, min(PNP_PIXELS, len(sure))).astype(int)
     _require_spread(points[some])
     threshold = pixel_threshold(height, width)
-    start = pnp_ransac(points[some], pixels[some] + (origin or 0.0), lens, threshold)
+    start = pnp_ransac(points[some], pixels[some] + (origin or 0.0), lens, threshold, PNP_DRAWS)
     if start is None:
         raise PnPError(f"no pose fits the {len(some)} points tried")
     fits = []
@@ -87,7 +88,7 @@ def _result(rotation: np.ndarray, translation: np.ndarray, error: np.ndarray, th
 
 
 def pnp_ransac(
-    points: np.ndarray, image_points: np.ndarray, intrinsics: np.ndarray, threshold: float, iterations: int = 100
+    points: np.ndarray, image_points: np.ndarray, intrinsics: np.ndarray, threshold: float, draws: int = 100
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """points [n, 3], image_points [n, 2] -> rotation [3, 3], translation [3], inliers [n] bool; None when nothing fits.
 
@@ -105,7 +106,7 @@ def pnp_ransac(
             np.ascontiguousarray(image_points, np.float64),
             intrinsics,
             None,
-            iterationsCount=iterations,
+            iterationsCount=draws,
             reprojectionError=threshold,
             confidence=0.9999,
             flags=cv2.SOLVEPNP_SQPNP,

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fw_model import metrics
+from fw_pipeline.annotate import alignment_refine
 from fw_pipeline.annotate.alignment import Alignment, PairPrediction, align, pair_graph, to_pixel_centres
-from fw_pipeline.annotate.alignment_init import initialise, sample_pixels
+from fw_pipeline.annotate.alignment_init import Samples, State, initialise, sample_pixels
 from fw_pipeline.annotate.alignment_refine import cost_and_weight, refine, residuals
 from fw_pipeline.annotate.pair_graph import check_pairs
 from fw_pipeline.annotate.types import RejectedClip
@@ -80,7 +81,8 @@ def test_align_averages_noise_along_the_ray(own: bool, patch: int) -> None:
     found = align(spoilt(8, Spoil(noise=0.02, noise_patch=patch, noise_of_own_camera=own)), 8)
     assert ate_percent(found, truth) <= 0.38
     assert focal_error(found, truth) <= 0.3
-    assert absrel(found, truth) <= 0.007
+    # Seen from elsewhere, noise along the first camera's ray is triangulated away; a median of the depths would give 0.0062.
+    assert absrel(found, truth) <= (0.0055 if (patch, own) == (1, False) else 0.007)
 
 
 def test_align_needs_only_one_direction_of_each_pair() -> None:
@@ -189,17 +191,38 @@ def test_confidence_decides_between_pixels() -> None:
         align(unaware, 6)
 
 
-def test_refinement_lowers_the_cost_and_keeps_a_perfect_start() -> None:
-    for spoil, count in ((Spoil(noise=0.02, noise_patch=16), 8), (Spoil(), 8)):
-        maps = check_pairs(spoilt(count, spoil), count)
-        samples = sample_pixels(maps, 512)
-        start = initialise(maps, samples)
-        end, noise = refine(start, samples)
-        costs = [cost_and_weight(residuals(state, samples), samples, noise)[0] for state in (start, end)]
-        assert costs[1] <= costs[0] * (1 + 1e-9)
-        poses = [np.concatenate([s.rotation, s.translation[:, :, None]], axis=2) for s in (start, end)]
-        errors = [100 * metrics.ate(w2c, views(count).w2c) for w2c in poses]
-        assert errors[1] <= max(errors[0], 1e-5)
+def _started(spoil: Spoil) -> tuple[State, Samples]:
+    maps = check_pairs(spoilt(8, spoil), 8)
+    samples = sample_pixels(maps, 512)
+    return initialise(maps, samples), samples
+
+
+def _error(state: State) -> float:
+    return 100 * metrics.ate(np.concatenate([state.rotation, state.translation[:, :, None]], axis=2), views(8).w2c)
+
+
+def test_align_refines_its_start() -> None:
+    start, samples = _started(Spoil(noise=0.02, noise_patch=16))
+    end, noise = refine(start, samples)
+    cost_start, cost_end = (cost_and_weight(residuals(state, samples), samples, noise)[0] for state in (start, end))
+    assert cost_end < cost_start
+    assert _error(end) < 0.5 * _error(start)
+
+
+def test_align_does_not_leave_a_perfect_start() -> None:
+    start, samples = _started(Spoil())
+    assert _error(refine(start, samples)[0]) < 1e-5
+
+
+def test_align_keeps_the_best_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, samples = _started(Spoil(noise=0.02))
+
+    def overshoot(state: State, *_: object) -> tuple[State, float]:
+        return replace(state, translation=state.translation * 1.5), 1.0
+
+    monkeypatch.setattr(alignment_refine, "_step", overshoot)
+    end, _ = refine(start, samples)
+    np.testing.assert_array_equal(end.translation, start.translation)
 
 
 def test_frames_held_twice_do_not_disturb() -> None:

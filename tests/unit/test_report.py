@@ -142,8 +142,13 @@ def test_failed_report_leaves_the_old_one(
 def test_names_from_the_dataset_cannot_break_the_page(
     runs: dict[str, Path], dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(report, "page", lambda data: seen.append(data) or "")
+    seen: list[report.ReportData] = []
+
+    def keep(data: report.ReportData) -> str:
+        seen.append(data)
+        return ""
+
+    monkeypatch.setattr(report, "page", keep)
     monkeypatch.setattr(report, "write_bytes", lambda path, data: None)
     write_report(runs["stage1"], dataset, Path("unused"), clips=1)
     clip = seen[0].clips[0]

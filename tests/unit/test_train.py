@@ -65,6 +65,20 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
     return listen
 
 
+def in_a_process(code: str, dataset: Path, output: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run code in a process, and a process group, of its own."""
+    head = f"""
+import os, signal, sys, torch
+from pathlib import Path
+from fw_model.train import Interrupted, train
+from tests.unit.test_train import small_preset, stop_at
+torch.set_num_threads({torch.get_num_threads()})
+dataset, output = map(Path, sys.argv[1:])
+"""
+    command = [sys.executable, "-c", head + code, str(dataset), str(output)]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, start_new_session=True, timeout=120)
+
+
 def no_model(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("a model was built")
 
@@ -130,21 +144,39 @@ def test_run_stopped_by_sigterm_goes_on_as_if_never_stopped(stage1_run: Path, da
 
 
 def test_run_killed_outright_goes_on_from_its_last_state(stage1_run: Path, dataset: Path, tmp_path: Path) -> None:
-    script = "\n".join(
-        [
-            "import os, signal, sys, torch",
-            "from pathlib import Path",
-            "from fw_model.train import train",
-            "from tests.unit.test_train import small_preset, stop_at",
-            f"torch.set_num_threads({torch.get_num_threads()})",
-            "train(small_preset(), 'stage1', Path(sys.argv[1]), Path(sys.argv[2]), on_metrics=stop_at(5, signal.SIGKILL))",
-        ]
+    killed = in_a_process(
+        "train(small_preset(), 'stage1', dataset, output, on_metrics=stop_at(5, signal.SIGKILL))", dataset, tmp_path
     )
-    killed = subprocess.run([sys.executable, "-c", script, dataset, tmp_path], cwd=ROOT, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 5  # written, but after the last state
     train.train(small_preset(), "stage1", dataset, tmp_path)
     assert numbers(tmp_path) == numbers(stage1_run)
+
+
+def test_signal_to_the_whole_group_leaves_data_workers_alive_for_the_last_step(dataset: Path, tmp_path: Path) -> None:
+    code = """
+def stop_group(line):
+    if line["step"] == 2 and "loss/total" in line:
+        os.killpg(0, signal.SIGTERM)
+try:
+    train(small_preset("stage1.workers=1"), "stage1", dataset, output, on_metrics=stop_group)
+except Interrupted:
+    sys.exit(75)
+"""
+    assert in_a_process(code, dataset, tmp_path).returncode == 75
+    assert latest_state(tmp_path / "state") == tmp_path / "state" / "step-3"
+
+
+def test_error_ends_the_process_in_spite_of_data_workers(dataset: Path, tmp_path: Path) -> None:
+    code = """
+def fail(line):
+    if line["step"] == 2:
+        raise RuntimeError("listener failed")
+train(small_preset("stage1.workers=1"), "stage1", dataset, output, on_metrics=fail)
+"""
+    ended = in_a_process(code, dataset, tmp_path)
+    assert ended.returncode == 1
+    assert b"listener failed" in ended.stderr
 
 
 def test_resume_gives_the_same_batches_and_draws(dataset: Path) -> None:
@@ -212,7 +244,7 @@ def test_leftovers_of_a_killed_run_are_removed(dataset: Path, tmp_path: Path) ->
     (tmp_path / "state" / ".step-1.99.tmp").mkdir(parents=True)
     (tmp_path / ".step-1.safetensors.99.tmp").touch()
     train.train(small_preset("stage1.steps=1"), "stage1", dataset, tmp_path)
-    assert not [path for path in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
@@ -313,6 +345,15 @@ def test_losses_fall_on_the_validation_clips(dataset: Path, tmp_path: Path) -> N
     preset = small_preset("stage1.steps=30", "stage1.validate_every=100", "stage1.save_every=100")
     validation = train.train(preset, "stage1", dataset, tmp_path).validation
     assert validation["after"]["total"] < 0.8 * validation["before"]["total"]
+
+
+def test_bfloat16_with_checkpointing_follows_float32(stage1_run: Path, dataset: Path, tmp_path: Path) -> None:
+    """Close to the float32 run: cameras and losses keep their digits under autocast, recomputed activations are the same."""
+    half = small_preset("stage1.precision=bfloat16", "stage1.gradient_checkpointing=true", "stage1.steps=3")
+    train.train(half, "stage1", dataset, tmp_path)
+    ours, theirs = ([line["loss/total"] for line in numbers(run) if "loss/total" in line] for run in (tmp_path, stage1_run))
+    assert ours == pytest.approx(theirs[:3], rel=0.02)
+    assert ours != theirs[:3]
 
 
 def test_accumulation_makes_the_same_update_as_one_large_batch(dataset: Path, tmp_path: Path) -> None:
