@@ -11,11 +11,13 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -164,6 +166,21 @@ def trace_step(
             total_flops=meter.flops,
             seconds=time.perf_counter() - started,
         )
+
+
+def measured_peak(run: Callable[[], object]) -> int:
+    """Bytes that `run` holds at its worst moment beyond what was there before, as torch's own CPU allocator reports them.
+
+    Every allocation and release of tensors and kernels is counted: unlike resident memory it comes out the same each time.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    recorded = profiler.profiler
+    if recorded is None or recorded.kineto_results is None:
+        raise RuntimeError("torch's profiler recorded nothing: is another profiler running?")
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    sums = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(sums, default=0)
 
 
 def store_in_bfloat16(base: WanBackbone) -> None:

@@ -31,9 +31,7 @@ def wall(seed: int = 0) -> ClipGeometry:
         centre = -rotation.T @ translation
         depth[t] = (offset - normal @ centre) / (rays @ rotation @ normal)
     ones = np.ones(FRAMES)
-    return ClipGeometry(
-        w2c, np.repeat(k[None], FRAMES, 0), depth, np.ones_like(depth), ones, 0 * ones, np.zeros(FRAMES, bool)
-    )
+    return ClipGeometry(w2c, np.repeat(k[None], FRAMES, 0), depth, np.ones_like(depth), ones, 0 * ones, np.zeros(FRAMES, bool))
 
 
 def test_exact_geometry_passes_and_its_numbers_say_so() -> None:
