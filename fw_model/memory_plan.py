@@ -2,7 +2,8 @@
 
 Bytes at the worst moment of one GPU = weights + gradients + AdamW's two moments + (several GPUs, not sharded) the gradient
 buckets of DDP + the larger of activations (traced, see `fw_model.step_trace`) and the optimizer's temporaries, which torch's
-multi-tensor AdamW needs once for everything that trains. Sharding divides everything but the activations, and gathers two blocks at a time.
+multi-tensor AdamW needs once for everything that trains. Sharding divides everything but the activations, and gathers two
+blocks at a time.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def fake_trace(config: ModelConfig, stage: Stage, size: ClipSize, **_: object) -
         (20.0, 2, "batch 2 with 4 accumulated micro-batches"),
         (9.9, 1, "288x512, batch 1 with 8 accumulated micro-batches"),
         (8.0, 1, "41 frames, batch 1 with 8 accumulated micro-batches"),
-        (7.3, 1, "288x512 and 41 frames, batch 1 with 8 accumulated micro-batches"),
+        (7.5, 1, "288x512 and 41 frames, batch 1 with 8 accumulated micro-batches"),
         (5.0, 0, "288x512 and 41 frames"),
     ],
 )

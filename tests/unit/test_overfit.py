@@ -1,4 +1,4 @@
-"""The tiny preset can learn: on one clip of a demo scene, with the real losses, the depth loss falls to a tenth."""
+"""The tiny preset can learn: on one clip of a made scene, with the real losses, the depth loss falls to a tenth."""
 
 from __future__ import annotations
 
