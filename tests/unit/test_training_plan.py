@@ -43,8 +43,11 @@ def test_stage_2_starts_from_the_finished_stage_1_of_its_configuration(settings:
     plan = plan_training(settings, "stage2")
     assert plan.stage1_checkpoint == checkpoint
     assert ["--stage1-checkpoint", str(checkpoint)] == plan.command()[-2:]
+    changed = settings.model_copy(update={"overrides": ("stage1.steps=9",)})
     with pytest.raises(MissingPrerequisite, match="stage1_training"):
-        plan_training(settings.model_copy(update={"overrides": ("stage1.steps=9",)}), "stage2")
+        plan_training(changed, "stage2")
+    finish(plan_training(changed, "stage1"))
+    assert plan_training(changed, "stage2").output != plan.output
 
 
 def test_a_stage_1_that_has_only_been_started_is_not_enough(settings: Settings) -> None:
