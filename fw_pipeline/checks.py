@@ -60,7 +60,10 @@ def _improved(stage: Stage) -> dg.AssetChecksDefinition:
         names = ("depth_loss", "point_loss", "camera_loss")
         worse = [f"{name}: {before[name]:.4g} -> {after[name]:.4g}" for name in names if not after[name] < before[name]]
         metadata = {f"{name} {when}": result["validation"][when][name] for name in names for when in ("before", "after")}
-        return dg.AssetCheckResult(passed=not worse, metadata=metadata, description="; ".join(worse) or None)
+        # A warning: a handful of videos may well be learnt by heart. The demo, which has enough, treats it as a failure.
+        return dg.AssetCheckResult(
+            passed=not worse, severity=dg.AssetCheckSeverity.WARN, metadata=metadata, description="; ".join(worse) or None
+        )
 
     return validation_improved
 

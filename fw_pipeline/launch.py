@@ -11,6 +11,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
@@ -40,8 +41,16 @@ def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str
     return tags
 
 
-def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO") -> list[str]:
-    """Run one job here and wait for it; returns what failed, steps and checks, in words.
+@dataclass(frozen=True)
+class Outcome:
+    """How a launched job went, in words."""
+
+    failed: list[str]  # steps, and checks that are errors
+    warned: list[str]  # checks that are warnings
+
+
+def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO") -> Outcome:
+    """Run one job here and wait for it.
 
     Raises:
         MissingInput: there are no videos.
@@ -55,15 +64,18 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
         tags = register(instance, sorted(PipelineResource().build().require_videos()))
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
+    warned: list[str] = []
     failed = [f"{job_name}: {_reason(event)}" for event in result.all_events if event.is_step_failure]
     for check in result.get_asset_check_evaluations():
         name = f"{check.asset_key.to_user_string()}: {check.check_name}"
-        print(f"  check {name}: {'passed' if check.passed else 'FAILED'} {check.description or ''}", flush=True)
+        warning = check.severity == dg.AssetCheckSeverity.WARN
+        verdict = "passed" if check.passed else "WARNING" if warning else "FAILED"
+        print(f"  check {name}: {verdict} {check.description or ''}", flush=True)
         if not check.passed:
-            failed.append(f"check {name} ({check.description})")
+            (warned if warning else failed).append(f"check {name} ({check.description})")
     if not result.success and not failed:
         failed.append(f"{job_name}: failed; see the log above")
-    return failed
+    return Outcome(failed, warned)
 
 
 def _reason(event: dg.DagsterEvent) -> str:
@@ -73,7 +85,7 @@ def _reason(event: dg.DagsterEvent) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exits 0 when every job and check passed, 1 at the first job that did not."""
+    """Exits 0 when every job and check passed (warnings aside), 1 at the first job that did not."""
     from fw_model.config import ConfigError
     from fw_pipeline.jobs import JOBS
 
@@ -88,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         for number, name in enumerate(args.jobs, 1):
             print(f"\n[{number}/{len(args.jobs)}] {name}", flush=True)
             try:
-                failed = launch(instance, name)
+                failed = launch(instance, name).failed
             except (MissingInput, ConfigError) as error:
                 failed = [f"{name}: {error}"]
             if failed:

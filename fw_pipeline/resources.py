@@ -20,8 +20,6 @@ class PipelineResource(dg.ConfigurableResource):
     videos: str | None = None
     preset: str | None = None
     overrides: list[str] | None = None
-    geometry: str | None = None
-    depth: str | None = None
     annotation_long_side: int | None = None
     device: str | None = None
     processes: int | None = None

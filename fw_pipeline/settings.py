@@ -1,4 +1,4 @@
-"""What a pipeline run is told: profile, folders, engines, preset. Free of Dagster, so that scripts and tests share it.
+"""What a pipeline run is told: profile, folders, preset, device. Free of Dagster, so that scripts and tests share it.
 
 `FW_PROFILE` (laptop | gpu), `FW_PRESET`, `FW_DATA` and `FW_VIDEOS` choose; the Dagster resource `pipeline`
 overrides any field per run.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -24,8 +24,6 @@ class Settings(Config):
     videos: Path = PROJECT / "data" / "videos"
     preset: str = "tiny"  # name of a preset, or a YAML file
     overrides: tuple[str, ...] = ()  # preset overrides, e.g. "stage1.steps=10"
-    geometry: Literal["colmap"] = "colmap"
-    depth: Literal["geometry"] = "geometry"
     annotation_long_side: int = Field(448, ge=64)  # pixels; the annotators see frames of this size or the source's, if smaller
     device: str = "cpu"
     processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
