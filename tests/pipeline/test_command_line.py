@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fw_pipeline import run_demo
+from fw_pipeline.launch import Outcome
 from fw_pipeline.run_demo import render
 from tests.pipeline.conftest import shell
 
@@ -41,3 +43,16 @@ def test_the_demo_never_mixes_with_somebodys_own_videos(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="videos of your own"):
         render(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "warned", "own_videos", "code"),
+    [([], [], False, 0), ([], ["w"], False, 1), ([], ["w"], True, 0), (["f"], [], True, 1), (["f"], [], False, 1)],
+)
+def test_the_demos_exit_code_is_honest(
+    failed: list[str], warned: list[str], own_videos: bool, code: int, environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_demo, "render", lambda folder: None)
+    monkeypatch.setattr(run_demo, "run_jobs", lambda: Outcome(failed, warned))
+    monkeypatch.setattr(run_demo, "summary", lambda settings: {})
+    assert run_demo.main(["--videos", str(environment / "videos")] if own_videos else []) == code
