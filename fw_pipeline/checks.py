@@ -39,7 +39,7 @@ def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
 
 @dg.asset_check(asset="training_shards", description="Every hash, shape and row of the packed dataset.")
 def dataset_is_whole(pipeline: PipelineResource) -> dg.AssetCheckResult:
-    from fw_model.data.shards import verify
+    from fw_model.data.verify import verify
     from fw_pipeline.store import Store
 
     faults = verify(Store(pipeline.settings().data).dataset)

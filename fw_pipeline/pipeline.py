@@ -22,7 +22,7 @@ import numpy as np
 
 from fw_model.config import Preset
 from fw_model.data.schema import ClipRecord
-from fw_model.data.shards import ShardWriter
+from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality

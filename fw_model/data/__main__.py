@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from fw_model.data.manifest import DatasetError, dataset_digest, read_manifest
-from fw_model.data.shards import iter_faults
+from fw_model.data.verify import iter_faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fw_model.data.manifest import SPLITS, DatasetError, read_manifest
 from fw_model.data.schema import Batch
-from fw_model.data.shards import ShardReader
+from fw_model.data.shard_reader import ShardReader
 
 
 class ClipDataset(Dataset[dict[str, Any]]):

@@ -9,7 +9,7 @@ import numpy as np
 
 from fw_model.cameras import make_trajectory
 from fw_model.data.schema import ClipRecord
-from fw_model.data.shards import ShardWriter
+from fw_model.data.shard_writer import ShardWriter
 
 
 def make_record(

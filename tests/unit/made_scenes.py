@@ -8,7 +8,7 @@ import numpy as np
 
 from fw_model.config import Preset
 from fw_model.data.schema import ClipRecord
-from fw_model.data.shards import ShardWriter
+from fw_model.data.shard_writer import ShardWriter
 
 
 def made_scene(name: str, preset: Preset, frames: int = 5, height: int = 32, width: int = 48) -> ClipRecord:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.manifest import DatasetError, MissingDatasetError
 from fw_model.data.sampler import ResumableBucketSampler
-from fw_model.data.shards import ShardWriter
+from fw_model.data.shard_writer import ShardWriter
 from fw_model.losses import make_targets
 from tests.unit.made_clips import make_record, pack
 

@@ -26,8 +26,10 @@ from fw_model.data.manifest import (
     read_manifest,
 )
 from fw_model.data.schema import ARRAYS
-from fw_model.data.shards import ShardReader, ShardWriter, verify
+from fw_model.data.shard_reader import ShardReader
+from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits, split_of
+from fw_model.data.verify import verify
 from tests.unit.made_clips import make_record, pack
 
 ROOT = Path(__file__).parents[2]
@@ -351,7 +353,7 @@ def run_python(code: str) -> int:
 
 
 KILLED_WHILE_ADDING = """
-from fw_model.data.shards import ShardWriter
+from fw_model.data.shard_writer import ShardWriter
 with ShardWriter({path!r}) as writer:
     writer.add(make_record("new"), "train")
     os._exit(9)

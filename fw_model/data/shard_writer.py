@@ -1,4 +1,4 @@
-"""The packed dataset on disk: writing, reading and checking it.
+"""Writing the packed dataset.
 
     dataset/manifest.parquet                one row per clip, quarantined clips included; written last
     dataset/train-00000-of-00012.parquet    payload: one split and one bucket per shard, ONE ROW GROUP = ONE CLIP
@@ -12,8 +12,6 @@ interrupted, the last good dataset stays readable. The folder belongs to the pac
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,25 +20,11 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from fw_model.data.manifest import (
-    MANIFEST,
-    SPLITS,
-    ClipRow,
-    DatasetError,
-    dataset_folder,
-    open_parquet,
-    read_manifest,
-    write_manifest,
-)
+from fw_model.data.manifest import MANIFEST, SPLITS, ClipRow, DatasetError, write_manifest
+from fw_model.data.payload import PAYLOAD_SCHEMA, payload_hash, stored_dtype
 from fw_model.data.schema import ARRAYS, ClipRecord, bucket_of, check_record
 from fw_model.data.swap import clear_up, fsync, packing_folder, remove, swap_in, take_lock
-
-_PAYLOAD_SCHEMA = pa.schema([("clip_id", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
-
-
-# -------------------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
@@ -97,7 +81,9 @@ class ShardWriter:
         self._check_new(record.clip_id)
         if self._split_of_video.setdefault(record.video, split) != split:
             raise ValueError(f"clip {record.clip_id}: video {record.video!r} already has clips in the other split")
-        payload = {name: np.ascontiguousarray(record.arrays[name], dtype=_stored(dtype)) for name, (dtype, _) in ARRAYS.items()}
+        payload = {
+            name: np.ascontiguousarray(record.arrays[name], dtype=stored_dtype(dtype)) for name, (dtype, _) in ARRAYS.items()
+        }
         arrays = {name: (ARRAYS[name][0], array.shape) for name, array in payload.items()}
         buffers = {name: array.reshape(-1).view(np.uint8).data for name, array in payload.items()}
         bucket = bucket_of(record)
@@ -118,7 +104,7 @@ class ShardWriter:
             row_group=shard.row_groups,
             arrays=arrays,
             bytes=sum(buffer.nbytes for buffer in buffers.values()),
-            xxh64=_payload_hash(arrays, buffers),
+            xxh64=payload_hash(arrays, buffers),
             versions=dict(record.versions),
             quality={key: float(value) for key, value in record.quality.items()},
         )
@@ -173,12 +159,12 @@ class _Shard:
         self.bytes = 0
         self.row_groups = 0
         self._writer = pq.ParquetWriter(
-            self.path, _PAYLOAD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False, store_schema=True
+            self.path, PAYLOAD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False, store_schema=True
         )
 
     def write(self, clip_id: str, buffers: dict[str, memoryview]) -> None:
         columns = [pa.array([clip_id]), *(_binary(buffers[name]) for name in ARRAYS)]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=_PAYLOAD_SCHEMA))  # one call = one row group
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=PAYLOAD_SCHEMA))  # one call = one row group
         self.bytes += sum(buffer.nbytes for buffer in buffers.values())
         self.row_groups += 1
 
@@ -191,112 +177,3 @@ def _binary(buffer: memoryview) -> pa.Array:
     """One large_binary value around a buffer, without copying it."""
     offsets = pa.py_buffer(np.array([0, buffer.nbytes], np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(buffer)])
-
-
-def _stored(dtype: str) -> np.dtype:
-    """A dtype in the byte order of the files."""
-    return np.dtype(dtype).newbyteorder("<")
-
-
-def _payload_hash(arrays: dict[str, tuple[str, tuple[int, ...]]], buffers: dict[str, memoryview]) -> str:
-    """xxh64 over name, dtype, shape and bytes of every array, in the order of ARRAYS."""
-    digest = xxhash.xxh64()
-    for name in ARRAYS:
-        digest.update(json.dumps([name, *arrays[name]]).encode())
-        digest.update(buffers[name])
-    return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-class ShardReader:
-    """Reads clips of one dataset by manifest row, keeping the last few shards memory-mapped. One per process."""
-
-    def __init__(self, path: str | Path, verify_hash: bool = True, max_open: int = 32) -> None:
-        self.path = dataset_folder(path)
-        self.verify_hash = verify_hash
-        self.max_open = max_open
-        self._files: dict[str, pq.ParquetFile] = {}
-
-    def read(self, row: ClipRow) -> dict[str, np.ndarray]:
-        """Read-only arrays of a clip, named and shaped as `schema.ARRAYS`, viewing the bytes that were read.
-
-        Raises DatasetError naming shard and clip when the shard is missing, damaged, or its bytes have another hash.
-        """
-        where = f"{self.path / row.shard}: clip {row.clip_id} (row group {row.row_group})"
-        file = self._file(row.shard)
-        if not 0 <= row.row_group < file.num_row_groups:
-            raise DatasetError(f"{where}: the shard has {file.num_row_groups} row groups; pack the dataset again")
-        try:
-            table = file.read_row_group(row.row_group, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DatasetError(f"{where}: cannot be read ({error})") from error
-        if table.num_rows != 1 or set(table.column_names) != set(_PAYLOAD_SCHEMA.names):
-            raise DatasetError(
-                f"{where}: expected one row with {_PAYLOAD_SCHEMA.names}, got {table.num_rows} with {table.column_names}"
-            )
-        if table["clip_id"][0].as_py() != row.clip_id:
-            found = table["clip_id"][0].as_py()
-            raise DatasetError(
-                f"{where}: holds clip {found} instead: was the dataset packed again meanwhile? Start again or pack it"
-            )
-        buffers = {name: memoryview(table[name][0].as_buffer()) for name in ARRAYS}
-        if self.verify_hash and _payload_hash(row.arrays, buffers) != row.xxh64:
-            raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
-        try:
-            return {
-                name: np.frombuffer(buffers[name], _stored(dtype)).reshape(shape) for name, (dtype, shape) in row.arrays.items()
-            }
-        except ValueError as error:
-            raise DatasetError(f"{where}: {error}") from error
-
-    def _file(self, shard: str) -> pq.ParquetFile:
-        file = self._files.pop(shard, None) or open_parquet(self.path / shard)
-        self._files[shard] = file  # most recently used last
-        while len(self._files) > self.max_open:
-            self._files.pop(next(iter(self._files))).close()
-        return file
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
-
-
-# ------------------------------------------------------------------------------------------------------- checking
-
-
-def verify(path: str | Path) -> list[str]:
-    """Read every clip and return all faults found, in words; an empty list means that the dataset is whole.
-
-    Raises DatasetError only when there is no readable manifest.
-    """
-    return list(iter_faults(path, read_manifest(path)))
-
-
-def iter_faults(path: str | Path, rows: Iterable[ClipRow]) -> Iterator[str]:
-    """The faults of `verify`, clip by clip, for a progress bar around `rows`."""
-    folder = dataset_folder(path)
-    reader = ShardReader(folder)
-    seen: set[str] = set()
-    split_of_video: dict[str, str] = {}
-    kind_of_shard: dict[str, tuple[str, str]] = {}
-    for row in rows:
-        if row.clip_id in seen:
-            yield f"{folder / MANIFEST}: clip {row.clip_id} is listed twice"
-        seen.add(row.clip_id)
-        if row.quarantine:
-            continue
-        if split_of_video.setdefault(row.video, row.split) != row.split:
-            yield f"{folder / MANIFEST}: video {row.video!r} has clips in both splits (clip {row.clip_id})"
-        if kind_of_shard.setdefault(row.shard, (row.split, row.bucket)) != (row.split, row.bucket):
-            yield f"{folder / row.shard}: mixes splits or buckets (clip {row.clip_id})"
-        try:
-            arrays = reader.read(row)
-            check_record(ClipRecord(row.clip_id, row.video, row.fps, row.scale, row.prompt, arrays, row.quality, row.versions))
-        except ValueError as error:
-            yield str(error)
-    reader.close()
-    for file in sorted(folder.glob("*.parquet")):
-        if file.name != MANIFEST and file.name not in kind_of_shard:
-            yield f"{file}: not in the manifest"
