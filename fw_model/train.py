@@ -59,7 +59,7 @@ class Interrupted(Exception):
 def train(
     preset: Preset,
     stage: Stage,
-    dataset: Path,
+    dataset: str | Path,
     output: Path,
     stage1_checkpoint: Path | None = None,
     on_metrics: OnMetrics | None = None,
@@ -69,7 +69,7 @@ def train(
     Args:
         preset: model, base and the stage's section.
         stage: "stage1" or "stage2".
-        dataset: folder with a manifest and shards.
+        dataset: folder with a manifest and shards, or the URL of one.
         output: folder for checkpoints, state and metrics; see `fw_model.run_folder`.
         stage1_checkpoint: where stage 2 starts; stage 1 takes none.
         on_metrics: called on the main process with every line of `metrics.jsonl` as it is written.
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     )
     parser.add_argument("--preset", required=True, help="name of a preset, or a YAML file")
     parser.add_argument("--stage", required=True, choices=("stage1", "stage2"))
-    parser.add_argument("--dataset", required=True, type=Path, help="folder with manifest.parquet")
+    parser.add_argument("--dataset", required=True, help="folder with manifest.parquet, or its URL (s3://, gs://)")
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints, state and metrics")
     parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts from this step-N.safetensors")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")

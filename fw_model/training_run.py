@@ -77,7 +77,7 @@ def build_run(
     preset: Preset,
     stage: Stage,
     identity: RunIdentity,
-    dataset: Path,
+    dataset: str | Path,
     output: Path,
     stage1_checkpoint: Path | None,
     accelerator: Accelerator,
@@ -120,7 +120,14 @@ def build_run(
         listeners = _listeners(accelerator, config, on_metrics)
         metrics = MetricsLog(output / "metrics.jsonl", progress.step if state else -1, listeners)
     accelerator.wait_for_everyone()
-    loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, num_workers=config.workers, worker_init_fn=_apart)
+    loader = DataLoader(
+        clips,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.workers,
+        worker_init_fn=_apart,
+        pin_memory=accelerator.device.type == "cuda",
+    )
     return Run(
         preset=preset,
         stage=stage,
@@ -192,7 +199,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: StageConfi
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
-def open_dataset(dataset: Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
+def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
     """(training clips, validation clips) of a dataset made for this preset's base and encoders.
 
     Without validation clips the training clips stand in, and a warning says so.
@@ -205,7 +212,7 @@ def open_dataset(dataset: Path, preset: Preset) -> tuple[ClipDataset, ClipDatase
     versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
     sizes = {preset.clip.bucket(0, 1), preset.clip.bucket(1, 0)}
-    for row in clips.rows + validation_clips.rows:
+    for row in (row for split in (clips, validation_clips) for row in split.rows.distinct("bucket", "arrays")):
         if row.size not in sizes:
             buckets = " or ".join("x".join(map(str, size)) for size in sorted(sizes))
             raise TrainingError(
