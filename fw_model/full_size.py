@@ -75,7 +75,7 @@ class AdamWInBackward:
             hook.remove()
 
 
-def take_step(world: FantasyWorld, preset: Preset, stage: Stage, choice: OptimizerChoice, size: ClipSize = SIZE) -> float:
+def take_step(world: FantasyWorld, preset: Preset, stage: Stage, choice: OptimizerChoice, size: ClipSize) -> float:
     """One optimizer step of a stage on a made clip; returns the loss before it."""
     config = preset.stage(stage)
     world.set_stage(stage).enable_gradient_checkpointing()
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finite = True
     for stage in STAGES:
         started = time.perf_counter()
-        loss = take_step(world, preset, stage, choices[stage])
+        loss = take_step(world, preset, stage, choices[stage], SIZE)
         seconds = time.perf_counter() - started
         trained = world.trainable_parameters().values()
         finite &= all(bool(p.isfinite().all()) for p in trained)
