@@ -121,6 +121,7 @@ def trace_step(
     *,
     checkpointing: bool = True,
     bfloat16: bool = True,
+    autocast: bool = True,
     train_geometry: bool = True,
 ) -> StepTrace:
     """Trace one step of a stage for a batch of clips of one size.
@@ -130,7 +131,8 @@ def trace_step(
         stage: what runs and trains.
         size: the batch.
         checkpointing: recompute activations block by block.
-        bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
+        bfloat16: the base is stored in bfloat16; otherwise all is float32.
+        autocast: with a bfloat16 base, what trains computes in bfloat16 too, as in training.
         train_geometry: as for `FantasyWorld.set_stage`.
 
     Raises:
@@ -149,7 +151,7 @@ def trace_step(
             for parameter in parameters:
                 meter.add(parameter)
             inputs, targets = step_inputs(config.wan, size)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and autocast):
                 output = world(**inputs)
             loss = geometry_loss(geometry_losses(output, targets))
             if output.velocity is not None:
