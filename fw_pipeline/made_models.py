@@ -13,11 +13,11 @@ import torch
 
 # The published sizes of Depth Anything V2, and a tiny one. Reading: DINOv2 width, layers, heads; the layers whose tokens the
 # head reads; its channels at the four scales; channels of the fusion; channels before the last convolution.
-DEPTH_ANYTHING_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden=32, layers=4, heads=2, out=(1, 2, 3, 4), neck=(8, 8, 16, 16), fusion=16, head=8),
-    "small": dict(hidden=384, layers=12, heads=6, out=(3, 6, 9, 12), neck=(48, 96, 192, 384), fusion=64, head=32),
-    "base": dict(hidden=768, layers=12, heads=12, out=(3, 6, 9, 12), neck=(96, 192, 384, 768), fusion=128, head=32),
-    "large": dict(hidden=1024, layers=24, heads=16, out=(5, 12, 18, 24), neck=(256, 512, 1024, 1024), fusion=256, head=32),
+DEPTH_ANYTHING_SIZES: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...], int, int]] = {
+    "tiny": (32, 4, 2, (1, 2, 3, 4), (8, 8, 16, 16), 16, 8),
+    "small": (384, 12, 6, (3, 6, 9, 12), (48, 96, 192, 384), 64, 32),
+    "base": (768, 12, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128, 32),
+    "large": (1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256, 32),
 }
 PREPROCESSOR = {
     "do_normalize": True,
@@ -43,23 +43,23 @@ def depth_anything_config(size: str = "tiny", metric: bool = False) -> Any:
     """
     from transformers import DepthAnythingConfig, Dinov2Config
 
-    part = DEPTH_ANYTHING_SIZES[size]
-    backbone = Dinov2Config(
-        image_size=518,
-        patch_size=14,
-        hidden_size=part["hidden"],
-        num_hidden_layers=part["layers"],
-        num_attention_heads=part["heads"],
-        out_indices=list(part["out"]),
-        apply_layernorm=True,
-        reshape_hidden_states=False,
-    )
+    width, layers, heads, read, channels, fusion, last = DEPTH_ANYTHING_SIZES[size]
+    backbone: dict[str, Any] = {
+        "image_size": 518,
+        "patch_size": 14,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "out_indices": list(read),
+        "apply_layernorm": True,
+        "reshape_hidden_states": False,
+    }
     return DepthAnythingConfig(
-        backbone_config=backbone,
-        reassemble_hidden_size=part["hidden"],
-        neck_hidden_sizes=list(part["neck"]),
-        fusion_hidden_size=part["fusion"],
-        head_hidden_size=part["head"],
+        backbone_config=Dinov2Config(**backbone),
+        reassemble_hidden_size=width,
+        neck_hidden_sizes=list(channels),
+        fusion_hidden_size=fusion,
+        head_hidden_size=last,
         depth_estimation_type="metric" if metric else "relative",
         max_depth=20 if metric else 1,
     )
@@ -79,8 +79,8 @@ def make_depth_anything(folder: Path, seed: int = 0, size: str = "tiny", metric:
             for name, value in model.named_parameters():
                 if value.ndim > 1 and not name.endswith(("position_embeddings", "cls_token")):
                     value.normal_(0, value[0].numel() ** -0.5)
-            if not metric:
-                model.head.conv3.bias.fill_(2.0)
+                elif name == "head.conv3.bias" and not metric:
+                    value.fill_(2.0)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n", encoding="utf-8")
