@@ -94,6 +94,17 @@ def measure_pose(points_world: Any, confidence: Any, intrinsics: Any, w2c: np.nd
     return _result(w2c[:, :3], w2c[:, 3], points.reshape(-1, 3)[sure], pixels, lens, pixel_threshold(height, width))
 
 
+def reprojection_errors(points_world: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> np.ndarray:
+    """How far [H, W], in pixels, each pixel's world point [H, W, 3] lands from it; infinite behind the camera, NaN for NaN.
+
+    `intrinsics` are of the integer grid.
+    """
+    height, width = points_world.shape[:2]
+    pixels = np.stack(np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64)), axis=-1)
+    off = _reprojection(points_world.reshape(-1, 3), pixels.reshape(-1, 2), intrinsics, w2c[:, :3], w2c[:, 3])
+    return off.reshape(height, width)
+
+
 def _result(
     rotation: np.ndarray, translation: np.ndarray, points: np.ndarray, pixels: np.ndarray, lens: np.ndarray, threshold: float
 ) -> PnPResult:

@@ -28,7 +28,16 @@ from fw_pipeline.annotate.dust3r.images import PreparedImages, prepare
 from fw_pipeline.annotate.dust3r.network import DUSt3R, Pointmap
 from fw_pipeline.annotate.dust3r.weights import PUBLISHED, weights_identity
 from fw_pipeline.annotate.pair_graph import PairPrediction, pair_graph
-from fw_pipeline.annotate.pose import PnPError, PnPResult, fill_missing_poses, measure_pose, points_in_world, solve_pnp
+from fw_pipeline.annotate.pose import (
+    PnPError,
+    PnPResult,
+    fill_missing_poses,
+    measure_pose,
+    pixel_threshold,
+    points_in_world,
+    reprojection_errors,
+    solve_pnp,
+)
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 
 CODE_VERSION = 1  # raise when results change for the same frames and weights
@@ -183,7 +192,10 @@ class _Collected:
             logger.info("frame %d is not placed: %s", pair.j, error)
             self.reasons[str(error)] += 1
             return
-        self.add(pair.j, fit, world @ fit.w2c[2, :3] + fit.w2c[2, 3], unit_confidence(pair.confidence_j))
+        # A point that its own camera sees elsewhere says nothing about its pixel.
+        here = reprojection_errors(world, self.aligned.intrinsics[pair.i], fit.w2c) < pixel_threshold(*world.shape[:2])
+        depth = np.where(here, world @ fit.w2c[2, :3] + fit.w2c[2, 3], 0)
+        self.add(pair.j, fit, depth, unit_confidence(pair.confidence_j))
 
     def finish(self) -> ClipGeometry:
         """Raises RejectedClip when too many frames have no camera; the commonest reason is named."""
