@@ -230,23 +230,39 @@ class FrameTransform:
         with unknown ones.
         """
         self._check(depth.shape[-2:])
-        y = ((np.arange(self.height) + 0.5 + self.top) / self.scale - 0.5)[:, None]
-        x = ((np.arange(self.width) + 0.5 + self.left) / self.scale - 0.5)[None]
-        rows, cols = (_around(y, self.source_height), _around(x, self.source_width))
-        four = np.stack([depth[..., row, col] for row in rows[:2] for col in cols[:2]])
-        fy, fx = rows[2], cols[2]
-        weights = [(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx]
-        low, high = four.min(0), four.max(0)
-        nearest = np.where(fy < 0.5, np.where(fx < 0.5, four[0], four[1]), np.where(fx < 0.5, four[2], four[3]))
-        smooth = (low > 0) & (high <= 1.03 * low)
-        inverse = sum(weight / np.where(smooth, value, 1) for weight, value in zip(weights, four, strict=True))
-        return np.where(smooth, 1 / inverse, nearest).astype(depth.dtype)
+        y = (np.arange(self.height) + 0.5 + self.top) / self.scale - 0.5
+        x = (np.arange(self.width) + 0.5 + self.left) / self.scale - 0.5
+        return _sample_depth(depth, y, x)
+
+    def depth_to_source(self, depth: np.ndarray) -> np.ndarray:
+        """Inverse of `depth_to_target`: [..., H, W] -> [..., h, w], sampled likewise; 0 where the crop left nothing."""
+        if depth.shape[-2:] != (self.height, self.width):
+            raise ValueError(f"depth is {list(depth.shape)}, expected [..., {self.height}, {self.width}]")
+        y = (np.arange(self.source_height) + 0.5) * self.scale - self.top - 0.5
+        x = (np.arange(self.source_width) + 0.5) * self.scale - self.left - 0.5
+        rows, cols = (y >= -0.5) & (y <= self.height - 0.5), (x >= -0.5) & (x <= self.width - 0.5)
+        out = np.zeros((*depth.shape[:-2], self.source_height, self.source_width), depth.dtype)
+        out[..., rows[:, None] & cols[None]] = _sample_depth(depth, y[rows], x[cols]).reshape(*depth.shape[:-2], -1)
+        return out
 
     def _check(self, size: tuple[int, ...]) -> None:
         if size != (self.source_height, self.source_width):
             raise ValueError(
                 f"frames are {size[0]}x{size[1]}, expected {self.source_height}x{self.source_width} (height x width)"
             )
+
+
+def _sample_depth(depth: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """depth [..., h, w] at rows y [Y] and columns x [X], 0 being the first pixel's centre; see `depth_to_target`."""
+    rows, cols = _around(y[:, None], depth.shape[-2]), _around(x[None], depth.shape[-1])
+    four = np.stack([depth[..., row, col] for row in rows[:2] for col in cols[:2]])
+    fy, fx = rows[2], cols[2]
+    weights = [(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx]
+    low, high = four.min(0), four.max(0)
+    nearest = np.where(fy < 0.5, np.where(fx < 0.5, four[0], four[1]), np.where(fx < 0.5, four[2], four[3]))
+    smooth = (low > 0) & (high <= 1.03 * low)
+    inverse = sum(weight / np.where(smooth, value, 1) for weight, value in zip(weights, four, strict=True))
+    return np.where(smooth, 1 / inverse, nearest).astype(depth.dtype)
 
 
 def _around(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
