@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fw_model import objective, train, training_run
+from fw_model import objective, optimizers, train, training_run
 from fw_model.checkpoints import latest_state, read_metadata
 from fw_model.config import Preset, load_preset
 from fw_model.data.dataset import ClipDataset, collate
@@ -29,6 +29,7 @@ SMALL = [
     *("model.wan.dim=32", "model.wan.ffn_dim=32", "model.wan.num_heads=2", "model.wan.num_layers=4"),
     *("model.geometry.pcb_blocks=2", "model.geometry.head_layers=[1, 1, 2, 2]", "model.geometry.head_features=8"),
     *("model.geometry.head_channels=[4, 4, 8, 8]", "model.geometry.camera_dim=32", "model.geometry.cross_dim=16"),
+    *("clip.size=32x48", "clip.frames=5"),
 ]
 FAST = ["steps=6", "save_every=2", "validate_every=3", "log_every=1", "validation_clips=2", "trackers=[]", "warmup_steps=2"]
 
@@ -53,7 +54,7 @@ def stage1_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(output: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what a clock or a memory gauge measured."""
-    measured = {"seconds", "tokens_per_second", "memory_gib"}
+    measured = {"seconds", "data_seconds", "eta_seconds", "tokens_per_second", "memory_gib"}
     return [{k: v for k, v in line.items() if k not in measured} for line in read_metrics(output / "metrics.jsonl")]
 
 
@@ -90,9 +91,8 @@ def test_run_leaves_metrics_checkpoints_state_and_result(stage1_run: Path, datas
     lines = read_metrics(stage1_run / "metrics.jsonl")
     training = [line for line in lines if "loss/total" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
-    assert set(training[0]) == {"step", "seconds", "tokens_per_second", "memory_gib", "lr", "grad_norm"} | {
-        f"loss/{name}" for name in objective.LOSS_NAMES["stage1"]
-    }
+    measured = {"seconds", "data_seconds", "eta_seconds", "tokens_per_second", "memory_gib"}
+    assert set(training[0]) == measured | {"step", "lr", "grad_norm", *(f"loss/{n}" for n in objective.LOSS_NAMES["stage1"])}
     assert [line["step"] for line in lines if "val/total" in line] == [0, 3, 6]
     assert sorted(p.name for p in stage1_run.glob("*.safetensors")) == [f"step-{n}.safetensors" for n in (2, 4, 6)]
     assert sorted(p.name for p in (stage1_run / "state").iterdir()) == ["step-4", "step-6"]
@@ -372,7 +372,8 @@ def test_accumulation_makes_the_same_update_as_one_large_batch(dataset: Path, tm
     [
         (7, 2, 1, "global_batch=6 or 8, or batch_per_device=1"),
         (112, 3, 8, "batch_per_device=2"),
-        (2, 1, 4, "processes that divides 2"),
+        (2, 1, 4, "global_batch=4, or 2 processes"),
+        (112, 1, 64, "global_batch=64 or 128, or 56 or 112 processes"),
     ],
 )
 def test_global_batch_that_cannot_be_met_is_refused_with_the_nearest(
@@ -389,7 +390,7 @@ def test_guide_batches_are_met_on_eight_devices() -> None:
 
 def test_learning_rate_warms_up_then_follows_its_schedule() -> None:
     config = small_preset("stage1.lr_schedule=cosine", "stage1.warmup_steps=4", "stage1.steps=14").stage1
-    rates = [training_run.learning_rate(config, step) / config.learning_rate for step in (1, 4, 9, 14)]
+    rates = [optimizers.learning_rate(config, step) / config.learning_rate for step in (1, 4, 9, 14)]
     assert rates == pytest.approx([0.25, 1, 0.5, 0])
 
 
