@@ -103,7 +103,7 @@ def test_stage_2_lines_start_from_the_checkpoint_that_stage_1_lines_end_with(tra
             last[preset.name] = output / f"step-{preset.stage1.steps}.safetensors"
         else:
             assert start == last[preset.name]
-    assert len(trained) == sum(line.count("--preset") for line in command_lines())
+    assert len(trained) == sum(line.startswith(("accelerate", "sbatch")) for line in command_lines())
 
 
 def test_every_key_on_the_page_is_a_knob(tmp_path: Path) -> None:
