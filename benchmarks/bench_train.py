@@ -27,6 +27,7 @@ bytes as GPUs hold them), and a last line of JSON; exits with 1 when a bar is mi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import multiprocessing
@@ -230,6 +231,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Largest memory of tensors while `run` runs, weights included: it builds everything itself."""
     if device.type != "cuda":
         return measured_peak(run)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
