@@ -30,7 +30,7 @@ from fw_model.sharding import laid_out_as
 FORMAT = "fantasyworld-checkpoint"
 FORMAT_VERSION = 1
 
-_STEP_FILE = re.compile(r"step-(\d+)\.safetensors")
+_STEP_FILE = re.compile(r"step-(\d+)(\.ema)?\.safetensors")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -173,7 +173,7 @@ def copy_weights(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, t
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The `step-N.safetensors` with the highest N, or None."""
+    """The `step-N.safetensors` with the highest N, its moving average where there is one, or None."""
     return _latest(directory, _STEP_FILE)
 
 
@@ -296,11 +296,11 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:
     found = [p for p in directory.iterdir() if pattern.fullmatch(p.name)] if directory.is_dir() else []
-    return max(found, key=_step_of, default=None)
+    return max(found, key=lambda path: (_step_of(path), ".ema" in path.name), default=None)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+    return int(path.name.removeprefix("step-").partition(".")[0])
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

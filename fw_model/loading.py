@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from fw_model.data.dataset import ClipDataset, collate
@@ -31,7 +32,9 @@ class Batches:
         self._clips = clips
         self._due = iter(sampler)
         self._patience = patience
-        loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=_apart)
+        # Its own generator: without one the loader draws its workers' seed from torch's global one.
+        options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": _apart, "generator": torch.Generator()}
+        loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, **options)
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(iter(loader), self._requests, self._replies), daemon=True).start()
@@ -42,8 +45,7 @@ class Batches:
     def __next__(self) -> Batch:
         """The next micro-batch.
 
-        Raises TrainingError naming clips and shards when none comes in time or a data worker died; DatasetError for a
-        damaged clip.
+        Raises TrainingError naming clips and shards when none comes in time, DatasetError for a damaged clip.
         """
         started = time.perf_counter()
         due = next(self._due)
@@ -52,18 +54,26 @@ class Batches:
             reply = self._replies.get(timeout=self._patience)
         except queue.Empty:
             raise TrainingError(
-                f"no batch for {self._patience:g} s (stall_seconds): {self._words(due)}. The disk or network it is on does not "
+                f"no batch for {self._patience:g} s (stall_seconds), waiting for {self._words(due)}. The disk or network it is on does not "
                 "answer; look there, then run the same command again to go on from the last state"
             ) from None
         finally:
             self.waited += time.perf_counter() - started
-        if isinstance(reply, RuntimeError) and "DataLoader worker" in str(reply):
-            raise TrainingError(
-                f"a data worker died ({reply}): {self._words(due)}. Out of memory is the usual cause; fewer workers need less"
-            ) from reply
         if isinstance(reply, BaseException):
             raise reply
         return reply
+
+    def worker_died(self, error: RuntimeError) -> TrainingError | None:
+        """What to say when a data worker was killed: torch then raises `error` in the main thread, wherever that is.
+
+        None for any other error.
+        """
+        if "DataLoader worker" not in str(error):
+            return None
+        return TrainingError(
+            f"{str(error).strip()} Next to be read: {self._words(next(self._due))}. Out of memory is the usual cause; fewer "
+            "workers need less. Run the same command again to go on from the last state"
+        )
 
     def take_wait(self) -> float:
         """Seconds spent waiting for batches since this was last asked."""
@@ -76,7 +86,7 @@ class Batches:
 
     def _words(self, due: list[int]) -> str:
         rows = [self._clips.rows[index] for index in due]
-        return "waiting for " + ", ".join(f"clip {row.clip_id} in {self._clips.path / row.shard}" for row in rows)
+        return ", ".join(f"clip {row.clip_id} in {self._clips.path / row.shard}" for row in rows)
 
 
 def _serve(loader: Any, requests: queue.SimpleQueue[bool], replies: queue.SimpleQueue[Batch | BaseException]) -> None:

@@ -61,7 +61,7 @@ class TrainResult:
 
     stage: Stage
     steps: int
-    checkpoint: str  # file name in the output folder
+    checkpoint: str  # file name in the output folder, of the weights to use: the moving average where there is one
     validation: dict[str, dict[str, float]]  # "before" and "after" training: loss name -> value
     validation_split: str  # "val", or "train" for a dataset without validation clips
     seconds: float  # of training and validation, earlier parts of an interrupted run included

@@ -6,6 +6,7 @@ same on a CPU mesh and on a GPU mesh.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def shard(model: FantasyWorld, mesh: DeviceMesh) -> FantasyWorld:
     """Share out the weights of `model`, in place, over a mesh; gradients and optimizer state follow them.
 
     A unit is gathered when it runs and let go again: every Wan block, GeoDiT block, bridge layer, head, cross-attention and
-    camera adapter; what is left of the geometry branch stays gathered during the pass. Wan blocks are frozen in one dtype,
+    camera adapter; what is left of the geometry branch is gathered once for the whole pass. Wan blocks are frozen in one dtype,
     the rest trains in another, so no unit mixes them. What the base has outside its blocks (embeddings, control adapter,
     output: 5 % of it) is frozen, small and read piece by piece, and stays whole on every process.
 
@@ -49,10 +50,14 @@ def shard(model: FantasyWorld, mesh: DeviceMesh) -> FantasyWorld:
         model.point_head,
         model.camera_head,
     ]
+    # Heads give views of what they computed. Nothing changes them in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in units:
         fully_shard(unit, mesh=mesh)
     whole = {parameter for parameter in model.base.parameters() if not isinstance(parameter, DTensor)}
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    # Not torch's default for the outermost unit, which keeps it gathered after a pass without gradients: weights changed in
+    # between (a moving average put in place) would not be seen.
+    fully_shard(model, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     return model
 
 

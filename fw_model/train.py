@@ -1,7 +1,10 @@
 """The training loop of both stages.
 
-    accelerate launch -m fw_model.train --preset tiny --stage stage1 --dataset DIR --output DIR [key=value ...]
-    accelerate launch -m fw_model.train --preset tiny --stage stage2 --stage1-checkpoint FILE --dataset DIR --output DIR
+    accelerate launch -m fw_model.train --preset tiny --stage stage1 [--config my.yaml] [key=value ...]
+    accelerate launch -m fw_model.train --preset tiny --stage stage2 [--config my.yaml] [key=value ...]
+
+By default it trains on data/dataset into outputs/fantasy_world_stage1 (or 2), and stage 2 starts from the last checkpoint there;
+--dataset, --output and --stage1-checkpoint say otherwise.
 
 Run the same command again to go on: an interrupted run continues from its last state exactly as if it had never stopped, a
 complete one returns at once. SIGTERM and SIGINT finish the step, save the state and end with exit code 75 (which
@@ -30,7 +33,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fw_model.checkpoints import CheckpointError, CheckpointMetadata, save_checkpoint, save_state
+from fw_model.checkpoints import CheckpointError, CheckpointMetadata, latest_checkpoint, save_checkpoint, save_state
 from fw_model.config import ConfigError, Preset, Stage, load_preset
 from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.data.schema import Batch
@@ -97,6 +100,10 @@ def train(
         run = build_run(preset, stage, identity, dataset, output, stage1_checkpoint, accelerator, on_metrics)
         try:
             complete = fit(run, stop)
+        except RuntimeError as error:
+            if explained := run.batches.worker_died(error):
+                raise explained from error
+            raise
         finally:
             run.batches.close()
         result = _finish(run) if complete else None
@@ -245,7 +252,7 @@ def _save_checkpoint(run: Run) -> None:
     if run.average is not None:
         tensors = whole_on_main(run.average.average, main)
         if main:
-            save_checkpoint(run.checkpoint.with_suffix(".ema.safetensors"), tensors, replace(metadata, weights="ema"))
+            save_checkpoint(run.averaged_checkpoint, tensors, replace(metadata, weights="ema"))
     run.accelerator.wait_for_everyone()
 
 
@@ -264,12 +271,13 @@ def _save_state(run: Run) -> None:
 
 
 def _finish(run: Run) -> TrainResult:
-    if not run.checkpoint.is_file():  # removed by someone after the last step
+    used = run.checkpoint if run.average is None else run.averaged_checkpoint
+    if not used.is_file():  # removed by someone after the last step
         _save_checkpoint(run)
     result = TrainResult(
         stage=run.stage,
         steps=run.progress.step,
-        checkpoint=run.checkpoint.name,
+        checkpoint=used.name,
         validation={"before": run.progress.before, "after": run.progress.after},
         validation_split=run.validation_clips.split,
         seconds=round(run.progress.seconds, 3),
@@ -278,7 +286,7 @@ def _finish(run: Run) -> TrainResult:
     )
     if run.accelerator.is_main_process:
         write_result(run.output, result)
-        log.info("complete: %s", run.checkpoint)
+        log.info("complete: %s", used)
     return result
 
 
@@ -320,6 +328,11 @@ def _stop_signals() -> Iterator[threading.Event]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+def default_output(stage: Stage) -> Path:
+    """Where a stage goes, and where stage 2 looks for stage 1, unless told otherwise."""
+    return Path("outputs") / f"fantasy_world_{stage}"
+
+
 def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None) -> int:
     """Command line; returns the exit code: 0 complete, 1 an error that is explained on stderr, 75 interrupted and saved."""
     parser = argparse.ArgumentParser(
@@ -327,17 +340,21 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     )
     parser.add_argument("--preset", required=True, help="name of a preset, or a YAML file")
     parser.add_argument("--stage", required=True, choices=("stage1", "stage2"))
-    parser.add_argument("--dataset", required=True, type=Path, help="folder with manifest.parquet")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints, state and metrics")
-    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts from this step-N.safetensors")
+    parser.add_argument("--config", type=Path, help="a YAML file with what differs from the preset")
+    parser.add_argument("--dataset", type=Path, default=Path("data/dataset"), help="folder with manifest.parquet (%(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for checkpoints, state and metrics (outputs/fantasy_world_STAGE)")
+    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the last in outputs/fantasy_world_stage1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")
     args = parser.parse_intermixed_args(argv)
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(asctime)s %(message)s")
     code = 0
     try:
-        preset = load_preset(args.preset, args.overrides)
-        train(preset, args.stage, args.dataset, args.output, args.stage1_checkpoint, on_metrics)
+        preset = load_preset(args.preset, args.overrides, args.config)
+        stage1 = args.stage1_checkpoint
+        if args.stage == "stage2" and stage1 is None:
+            stage1 = latest_checkpoint(default_output("stage1"))
+        train(preset, args.stage, args.dataset, args.output or default_output(args.stage), stage1, on_metrics)
     except Interrupted as stopped:
         log.warning("%s", stopped)
         code = EXIT_INTERRUPTED

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from fw_model.checkpoints import (
     CheckpointError,
@@ -94,6 +94,10 @@ class Run:
     def checkpoint(self) -> Path:
         return self.output / f"step-{self.progress.step}.safetensors"
 
+    @property
+    def averaged_checkpoint(self) -> Path:
+        return self.checkpoint.with_suffix(".ema.safetensors")
+
 
 def build_run(
     preset: Preset,
@@ -129,6 +133,8 @@ def build_run(
         saved = read_progress(state)
         sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
+
+    _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
 
     model = FantasyWorld.from_preset(preset)
     if stage1_checkpoint is not None:
@@ -170,6 +176,21 @@ def build_run(
         progress=progress,
         log=metrics,
     )
+
+
+def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> None:
+    """Raise TrainingError unless all processes are about to go on with the same run from the same step."""
+    everyone = gather_object([seen])
+    if len(set(everyone)) > 1:
+        lines = [
+            f"process {rank}: step {step}, config {c}, dataset {d}, base {b}" for rank, (step, c, d, b) in enumerate(everyone)
+        ]
+        raise TrainingError(
+            f"the processes do not see the same run in {output}:\n  "
+            + "\n  ".join(lines)
+            + "\nOutput, dataset and base must be on "
+            "storage that all machines share, or equal copies"
+        )
 
 
 def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: Accelerator) -> torch.nn.Module:

@@ -153,6 +153,9 @@ def test_latest_is_by_number_and_ignores_unfinished_files(tmp_path: Path) -> Non
     for name in ("step-9.safetensors", "step-10.safetensors", ".step-11.safetensors.1.tmp", "step-12.safetensors.part"):
         (tmp_path / name).touch()
     assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "step-10.safetensors"
+    (tmp_path / "step-10.ema.safetensors").touch()
+    (tmp_path / "step-9.ema.safetensors").touch()
+    assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "step-10.ema.safetensors"
 
 
 def trained(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:

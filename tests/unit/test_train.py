@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from fw_model.metrics_log import MetricsLog, RunningMean, read_metrics
 from fw_model.run_folder import TrainingError, locked, run_identity
 from tests.unit.made_scenes import pack_scenes
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     *("model.wan.dim=32", "model.wan.ffn_dim=32", "model.wan.num_heads=2", "model.wan.num_layers=4"),
     *("model.geometry.pcb_blocks=2", "model.geometry.head_layers=[1, 1, 2, 2]", "model.geometry.head_features=8"),
@@ -64,20 +61,6 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
             os.kill(os.getpid(), number)
 
     return listen
-
-
-def in_a_process(code: str, dataset: Path, output: Path) -> subprocess.CompletedProcess[bytes]:
-    """Run code in a process, and a process group, of its own."""
-    head = f"""
-import os, signal, sys, torch
-from pathlib import Path
-from fw_model.train import Interrupted, train
-from tests.unit.test_train import small_preset, stop_at
-torch.set_num_threads({torch.get_num_threads()})
-dataset, output = map(Path, sys.argv[1:])
-"""
-    command = [sys.executable, "-c", head + code, str(dataset), str(output)]
-    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, start_new_session=True, timeout=120)
 
 
 def no_model(*args: Any, **kwargs: Any) -> None:
@@ -141,42 +124,6 @@ def test_run_stopped_by_sigterm_goes_on_as_if_never_stopped(stage1_run: Path, da
     assert numbers(tmp_path) == numbers(stage1_run)
     ours, theirs = load_file(tmp_path / "step-6.safetensors"), load_file(stage1_run / "step-6.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_run_killed_outright_goes_on_from_its_last_state(stage1_run: Path, dataset: Path, tmp_path: Path) -> None:
-    killed = in_a_process(
-        "train(small_preset(), 'stage1', dataset, output, on_metrics=stop_at(5, signal.SIGKILL))", dataset, tmp_path
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 5  # written, but after the last state
-    train.train(small_preset(), "stage1", dataset, tmp_path)
-    assert numbers(tmp_path) == numbers(stage1_run)
-
-
-def test_signal_to_the_whole_group_leaves_data_workers_alive_for_the_last_step(dataset: Path, tmp_path: Path) -> None:
-    code = """
-def stop_group(line):
-    if line["step"] == 2 and "loss/total" in line:
-        os.killpg(0, signal.SIGTERM)
-try:
-    train(small_preset("stage1.workers=1"), "stage1", dataset, output, on_metrics=stop_group)
-except Interrupted:
-    sys.exit(75)
-"""
-    assert in_a_process(code, dataset, tmp_path).returncode == 75
-    assert latest_state(tmp_path / "state") == tmp_path / "state" / "step-3"
-
-
-def test_error_ends_the_process_in_spite_of_data_workers(dataset: Path, tmp_path: Path) -> None:
-    code = """
-def fail(line):
-    if line["step"] == 2:
-        raise RuntimeError("listener failed")
-train(small_preset("stage1.workers=1"), "stage1", dataset, output, on_metrics=fail)
-"""
-    ended = in_a_process(code, dataset, tmp_path)
-    assert ended.returncode == 1
-    assert b"listener failed" in ended.stderr
 
 
 def test_resume_gives_the_same_batches_and_draws(dataset: Path) -> None:
@@ -410,6 +357,22 @@ def test_interrupted_command_ends_with_code_75_and_goes_on_with_0(dataset: Path,
     assert train.main(command, on_metrics=stop_at(2)) == train.EXIT_INTERRUPTED == 75
     assert train.main(command) == 0
     assert list(tmp_path.glob("trackers/events.out.tfevents.*"))
+
+
+def test_short_command_finds_dataset_output_and_stage_1_by_itself(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset").symlink_to(dataset)
+    quick = {"steps": 1, "warmup_steps": 0, "validation_clips": 1, "trackers": [], "ema_decay": 0.9}
+    (tmp_path / "my.yaml").write_text(json.dumps({"stage1": quick, "stage2": quick}), encoding="utf-8")
+    for stage in ("stage1", "stage2"):
+        assert train.main(["--preset", "tiny", "--stage", stage, "--config", "my.yaml", *SMALL]) == 0
+        result = json.loads((tmp_path / "outputs" / f"fantasy_world_{stage}" / "result.json").read_text(encoding="utf-8"))
+        assert result["checkpoint"] == "step-1.ema.safetensors"
+    run = json.loads((tmp_path / "outputs" / "fantasy_world_stage2" / "run.json").read_text(encoding="utf-8"))
+    assert run["config"]["stage1_checkpoint"].endswith(":1:ema")
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
