@@ -1,11 +1,11 @@
-# make demo | test | setup | dev | bench | full-size | lint      (VIDEOS=folder points the demo at one's own videos)
+# make demo | test | setup | dev | bench | full-size | overfit | lint      (VIDEOS=folder points the demo at one's own videos)
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENV := . ./env.sh &&
 
-.PHONY: demo test setup dev bench full-size lint format free-slots clean
+.PHONY: demo test setup dev bench full-size overfit lint format free-slots clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The tiny preset learns one rendered clip by heart: proof that losses, targets and heads work here. A minute or two.
+overfit: setup
+	$(ENV) python -m fw_pipeline.overfit
 
 bench: setup
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --quick || exit 1; done

@@ -123,6 +123,7 @@ def trace_step(
     bfloat16: bool = True,
     autocast: bool = True,
     train_geometry: bool = True,
+    change: Callable[[FantasyWorld], object] | None = None,
 ) -> StepTrace:
     """Trace one step of a stage for a batch of clips of one size.
 
@@ -134,6 +135,7 @@ def trace_step(
         bfloat16: the base is stored in bfloat16; otherwise all is float32.
         autocast: with a bfloat16 base, what trains computes in bfloat16 too, as in training.
         train_geometry: as for `FantasyWorld.set_stage`.
+        change: called with the model before the step, to trace something other than what training does.
 
     Raises:
         ValueError: a clip size that does not fit; names the nearest that do.
@@ -145,6 +147,8 @@ def trace_step(
         if bfloat16:
             store_in_bfloat16(world.base)
         world.set_stage(stage, train_geometry).enable_gradient_checkpointing(checkpointing)
+        if change is not None:
+            change(world)
         parameters = list(world.parameters())
         weights = _bytes(parameters)
         with _Meter() as meter:
@@ -168,6 +172,13 @@ def trace_step(
             total_flops=meter.flops,
             seconds=time.perf_counter() - started,
         )
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of everything `run` does; on tensors without data inside FakeTensorMode, nothing is computed."""
+    with _Meter() as meter:
+        run()
+    return meter.flops
 
 
 def measured_peak(run: Callable[[], object]) -> int:
