@@ -50,7 +50,9 @@ def check_sample(entry: Entry, depth_kind: DepthKind | Literal["auto"] = "auto")
     if w2c is not None and frames != len(w2c):
         faults.append(entry.fault(entry.camera, f"{len(w2c)} poses, but metadata.json says {frames} frames"))
     if entry.intrinsics is not None and len(entry.intrinsics) not in (1, frames):
-        faults.append(entry.fault(entry.camera, f"metadata.json has intrinsics of {len(entry.intrinsics)} frames for {frames} poses"))
+        faults.append(
+            entry.fault(entry.camera, f"metadata.json has intrinsics of {len(entry.intrinsics)} frames for {frames} poses")
+        )
     times, height, width = _video(entry, frames, faults)
     depth_files = _files(entry, "depth", frames, faults)
     points_files = _files(entry, "points", frames, faults)
@@ -186,7 +188,11 @@ def open_map(path: Path, dimensions: int) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
         pickled = "object" in str(error).lower() or path.open("rb").read(1) == b"\x80"
-        reason = "a pickled npy, which can run code when read; save it as a plain array" if pickled else f"not a whole npy file ({error})"
+        reason = (
+            "a pickled npy, which can run code when read; save it as a plain array"
+            if pickled
+            else f"not a whole npy file ({error})"
+        )
         raise ValueError(reason) from error
     wanted = "[h, w]" if dimensions == 2 else "[h, w, 3]"
     if array.ndim != dimensions or (dimensions == 3 and array.shape[2] != 3) or 0 in array.shape:

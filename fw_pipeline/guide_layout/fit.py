@@ -48,9 +48,7 @@ def in_camera(points: np.ndarray, w2c: np.ndarray) -> np.ndarray:
     return (flat @ w2c[:, :, :3].transpose(0, 2, 1) + w2c[:, None, :, 3]).reshape(shape)
 
 
-def read_points(
-    probe: Probe, w2c: np.ndarray, lenses: dict[str, np.ndarray], height: int, width: int
-) -> Reading:
+def read_points(probe: Probe, w2c: np.ndarray, lenses: dict[str, np.ndarray], height: int, width: int) -> Reading:
     """Tell points in the world frame from points in each camera's own by projecting them back onto their pixels.
 
     Args:

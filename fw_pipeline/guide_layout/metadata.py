@@ -1,10 +1,10 @@
 """`metadata.json` of a guide-layout folder in its variants, read into entries with checked paths.
 
-    metadata.json                        a list of entries; {"videos" | "samples" | "data": [...]}; or {id: entry}
-    videos/<id>.mp4
-    depth/<id>/frame_0000.npy            [h, w]
-    points/<id>/frame_0000.npy           [h, w, 3]
-    camera_params/<id>.txt               a row of 12 (w2c), 16 (4 x 4) or 19 numbers (as in pose files) per frame
+metadata.json                        a list of entries; {"videos" | "samples" | "data": [...]}; or {id: entry}
+videos/<id>.mp4
+depth/<id>/frame_0000.npy            [h, w]
+points/<id>/frame_0000.npy           [h, w, 3]
+camera_params/<id>.txt               a row of 12 (w2c), 16 (4 x 4) or 19 numbers (as in pose files) per frame
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def read_metadata(root: Path) -> tuple[list[Entry], list[Fault]]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise GuideLayoutError(f"{file}: not found; a guide-layout folder has videos/, depth/, points/, camera_params/ and it") from error
+        raise GuideLayoutError(
+            f"{file}: not found; a guide-layout folder has videos/, depth/, points/, camera_params/ and it"
+        ) from error
     except ValueError as error:
         raise GuideLayoutError(f"{file}: not JSON ({error})") from error
     entries: list[Entry] = []
@@ -128,7 +130,9 @@ def _items(file: Path, raw: Any) -> list[tuple[str, Any]]:
             raw = raw[lists[0]]
     if not isinstance(raw, list) or not raw:
         raise GuideLayoutError(f'{file}: expected a list of samples, {{"videos": [...]}} (or samples, data), or {{id: sample}}')
-    return [(str(_get(item, "id") or f"entry {i}") if isinstance(item, dict) else f"entry {i}", item) for i, item in enumerate(raw)]
+    return [
+        (str(_get(item, "id") or f"entry {i}") if isinstance(item, dict) else f"entry {i}", item) for i, item in enumerate(raw)
+    ]
 
 
 def _get(item: Mapping[str, Any], what: str) -> Any:
