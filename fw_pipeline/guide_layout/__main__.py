@@ -84,6 +84,10 @@ def _size(text: str) -> Size | str:
     return int(match[1]), int(match[2]), int(match[3])
 
 
+def _shown(size: Size) -> str:
+    return "x".join(map(str, size))
+
+
 def _import(args: argparse.Namespace, settings: Settings) -> int:
     preset = settings.load_preset()
     text_len = preset.model.wan.text_len
@@ -103,6 +107,12 @@ def _import(args: argparse.Namespace, settings: Settings) -> int:
         print(note)
     for fault in result.faults:
         print(fault, file=sys.stderr)
+    trained = {preset.clip.bucket(0, 1), preset.clip.bucket(1, 0)}
+    for clip_size in sorted(result.sizes - trained):
+        print(
+            f"note: clips of {_shown(clip_size)}; preset {preset.name!r} trains on {' or '.join(map(_shown, sorted(trained)))}: "
+            f"import with --size preset, or set clip.frames, clip.short_side and clip.long_side"
+        )
     kinds = Counter("disparity" if "read as disparity" in note else "z-depth" for note in result.notes)
     print(
         f"{args.dataset}: {result.clips} clips of {result.samples} samples ({result.kept} unchanged), "

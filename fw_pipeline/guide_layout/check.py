@@ -187,7 +187,8 @@ def open_map(path: Path, dimensions: int) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
-        pickled = "object" in str(error).lower() or path.open("rb").read(1) == b"\x80"
+        with path.open("rb") as file:
+            pickled = "object" in str(error).lower() or file.read(1) == b"\x80"
         reason = (
             "a pickled npy, which can run code when read; save it as a plain array"
             if pickled

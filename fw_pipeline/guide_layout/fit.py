@@ -60,10 +60,8 @@ def read_points(probe: Probe, w2c: np.ndarray, lenses: dict[str, np.ndarray], he
 
     Raises ValueError with the errors of both in pixels when neither fits.
     """
-    readings = [
-        _project(frame, points, probe.uv, lenses, height, width)
-        for frame, points in (("world", in_camera(probe.points, w2c)), ("camera", probe.points))
-    ]
+    frames: tuple[tuple[PointsFrame, np.ndarray], ...] = (("world", in_camera(probe.points, w2c)), ("camera", probe.points))
+    readings = [_project(frame, points, probe.uv, lenses, height, width) for frame, points in frames]
     best = min(readings, key=lambda reading: reading.error)
     if best.error <= MAX_REPROJECTION and best.worst[1] <= MAX_REPROJECTION:
         return best

@@ -46,6 +46,7 @@ class ImportResult:
     kept: int = 0  # of the clips, those that were imported before and are unchanged
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # how each sample's numbers were read
+    sizes: set[Size] = field(default_factory=set)  # of the clips
 
 
 class BadSamplesError(GuideLayoutError):
@@ -184,6 +185,7 @@ class _Packer:
             if not self.writer.keep_text(text, self.versions["text"]):
                 self.writer.add_text(text, self.encoders.encode_text(text), self.versions["text"])
         self.result.clips += 1
+        self.result.sizes.add(window.size)
         self.named.add(window.clip_id)
 
     def _source(self, sample: Sample, window: Window, digest: str) -> str:
