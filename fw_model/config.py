@@ -107,6 +107,9 @@ class ModelConfig(Config):
         return self
 
 
+ENCODING_VERSIONS = {"vae": 1, "text": 1, "image": 1}  # raise one when `fw_model.encoders` computes its features differently
+
+
 class WeightsConfig(Config):
     """Where weights come from: a hub repository or local folder, or `made` (filled from a seed, nothing downloaded)."""
 
@@ -142,6 +145,25 @@ class EncodersConfig(Config):
     image_size: int = 224
     image_patch: int = 14
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def identities(self, text_len: int) -> dict[str, str]:
+        """Who makes the features: "vae", "text" and "image" -> weights, revision, size, dtype and code version in words.
+
+        They stand in the dataset with every clip and prompt. Features may be used together, and by a training run, only
+        where these are equal. `text_len`: tokens at which prompts are cut.
+        """
+        made = self.weights.source == "made"
+        sizes = {
+            "vae": f"width {self.vae_dim}",
+            "text": f"width {self.text_dim} x {self.text_layers}",
+            "image": f"width {self.image_dim} x {self.image_layers}, {self.image_size} px / {self.image_patch}",
+        }
+        named = {}
+        for part, version in ENCODING_VERSIONS.items():
+            facts = [sizes[part]] if made else []  # published weights have the sizes of their repository
+            facts += [f"cut at {text_len} tokens"] if part == "text" else []
+            named[part] = f"{self.weights.identity} {part} ({', '.join([*facts, self.dtype, f'v{version}'])})"
+        return named
 
 
 class ClipConfig(Config):
@@ -199,6 +221,7 @@ class StageConfig(Config):
     workers: int = Field(2, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are kept in float32
     gradient_checkpointing: bool = True
+    text_dropout: float = Field(0.1, ge=0, le=1)  # chance that a clip is trained on with the empty prompt in place of its own
     pose_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip's pose tokens reach the geometry branch
     lambda_geometry: float = Field(1.0, ge=0)  # weight of L_geo beside L_diff in stage 2
     camera_weight: float = Field(3.0, ge=0)

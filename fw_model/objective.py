@@ -6,7 +6,7 @@ B clips, F latent frames, h8 x w8 latent pixels.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ class Draws:
     noise: Tensor  # [B, 16, F, h8, w8] float32
     timestep: Tensor  # [B] float32, 0..1000
     pose_mask: Tensor  # [B] bool: this clip's pose tokens reach the geometry branch
+    text_mask: Tensor  # [B] bool: this clip's prompt reaches the model, not the empty one
 
     def to(self, device: torch.device | str) -> Draws:
-        return Draws(self.noise.to(device), self.timestep.to(device), self.pose_mask.to(device))
+        return Draws(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -43,24 +44,25 @@ def generator_for(*key: int | str) -> torch.Generator:
 
 
 def training_draws(batch: Batch, config: StageConfig, step: int, first: int) -> Draws:
-    """Noise, timestep and pose mask of a training batch.
+    """Noise, timestep, pose mask and text mask of a training batch.
 
     Each clip has its own generator, seeded by (seed, step, place in the global batch): nothing depends on the steps
     before, the device, or how many processes share the batch.
 
     Args:
         batch: B clips.
-        config: gives `seed` and `pose_probability`.
+        config: gives `seed`, `pose_probability` and `text_dropout`.
         step: the training step, from 1.
         first: place of the first clip in the step's global batch.
     """
-    noise, timesteps, masks = [], [], []
+    noise, timesteps, masks, text_masks = [], [], [], []
     for place in range(first, first + len(batch)):
         generator = generator_for("train", config.seed, step, place)
         timesteps.append(SCHEDULE.sample(1, generator))
         masks.append(torch.rand(1, generator=generator) < config.pose_probability)
         noise.append(torch.randn(batch.latents.shape[1:], generator=generator))
-    return Draws(torch.stack(noise), torch.cat(timesteps), torch.cat(masks))
+        text_masks.append(torch.rand(1, generator=generator) >= config.text_dropout)
+    return Draws(torch.stack(noise), torch.cat(timesteps), torch.cat(masks), torch.cat(text_masks))
 
 
 def validation_draws(batch: Batch, seed: int, place: int, count: int) -> Draws:
@@ -74,9 +76,18 @@ def validation_draws(batch: Batch, seed: int, place: int, count: int) -> Draws:
 
 
 def fixed_draws(batch: Batch, timestep: float, generator: torch.Generator) -> Draws:
-    """One timestep for all clips of a batch, without pose tokens."""
+    """One timestep for all clips of a batch, without pose tokens, with their prompts."""
     noise = torch.randn(batch.latents.shape, generator=generator)
-    return Draws(noise, torch.full((len(batch),), timestep), torch.zeros(len(batch), dtype=torch.bool))
+    none = torch.zeros(len(batch), dtype=torch.bool)
+    return Draws(noise, torch.full((len(batch),), timestep), pose_mask=none, text_mask=~none)
+
+
+def drop_text(batch: Batch, draws: Draws, empty_text: Tensor) -> Batch:
+    """The batch with the empty prompt's embedding [text_len, text_dim] in place of the prompts that `draws` withhold.
+
+    A model that has seen both can be guided towards a prompt in generation (classifier-free guidance).
+    """
+    return replace(batch, text=torch.where(draws.text_mask[:, None, None], batch.text, empty_text))
 
 
 def autocast(config: StageConfig, device: torch.device) -> torch.autocast:

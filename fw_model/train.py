@@ -33,7 +33,7 @@ from fw_model.config import ConfigError, Preset, Stage, load_preset
 from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.data.schema import Batch
 from fw_model.metrics_log import OnMetrics
-from fw_model.objective import LOSS_NAMES, autocast, compute_losses, predict, training_draws
+from fw_model.objective import LOSS_NAMES, autocast, compute_losses, drop_text, predict, training_draws
 from fw_model.run_folder import (
     TrainingError,
     TrainResult,
@@ -141,7 +141,7 @@ def _step(run: Run, stop: threading.Event) -> bool:
         tokens += video_tokens(batch)
         place = (micro * accelerator.num_processes + accelerator.process_index) * config.batch_per_device
         draws = training_draws(batch, config, progress.step, place).to(accelerator.device)
-        batch = batch.to(accelerator.device)
+        batch = drop_text(batch.to(accelerator.device), draws, run.empty_text)
         with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(run.wrapped):
             with autocast(config, accelerator.device):
                 output = predict(run.wrapped, batch, draws)

@@ -64,6 +64,7 @@ class Run:
     sampler: ResumableBucketSampler
     batches: Iterator[Batch]
     validation_clips: ClipDataset
+    empty_text: torch.Tensor  # [text_len, text_dim] on the accelerator's device: the empty prompt
     progress: Progress
     log: MetricsLog | None  # main process only
 
@@ -134,6 +135,7 @@ def build_run(
         sampler=sampler,
         batches=iter(loader),
         validation_clips=validation_clips,
+        empty_text=clips.empty_text().to(accelerator.device),
         progress=progress,
         log=metrics,
     )
@@ -196,14 +198,22 @@ def open_dataset(dataset: Path, preset: Preset) -> tuple[ClipDataset, ClipDatase
     Without validation clips the training clips stand in, and a warning says so.
 
     Raises:
-        DatasetError: missing, empty, or embedded by other encoders.
-        TrainingError: features of another width than the base takes.
+        DatasetError: missing, empty, or made by other encoders.
+        TrainingError: clips of another size than the preset's, or features of another width than the base takes.
     """
     wan = preset.model.wan
-    versions = {"encoders": preset.encoders.weights.identity}
+    versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
+    sizes = {preset.clip.bucket(0, 1), preset.clip.bucket(1, 0)}
     for row in clips.rows + validation_clips.rows:
-        found = (row.arrays["text"][1][1], tuple(row.arrays["image"][1]))
+        if row.size not in sizes:
+            buckets = " or ".join("x".join(map(str, size)) for size in sorted(sizes))
+            raise TrainingError(
+                f"{dataset}: clip {row.clip_id} is {row.bucket} (height x width x frames), preset {preset.name!r} trains on "
+                f"{buckets}; set clip.frames, clip.short_side and clip.long_side, or pack the dataset with this preset: "
+                f"{BUILD_DATASET}"
+            )
+        found = (clips.text_width, tuple(row.arrays["image"][1]))
         if found != (wan.text_dim, (wan.image_tokens, wan.image_dim)):
             raise TrainingError(
                 f"{dataset}: clip {row.clip_id} has text features of width {found[0]} and image features {found[1]}, the base "

@@ -30,8 +30,9 @@ from fw_pipeline.annotate.colmap import ColmapEngine
 from fw_pipeline.annotate.depth import GeometryDepth
 from fw_pipeline.annotate.truth import compare_with_truth
 from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.prompts import PromptError, Prompts
 from fw_pipeline.settings import Settings
-from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, write_done
+from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, whole_file, write_done
 
 CODE_VERSION = 1  # raise when a step's results change for the same inputs
 
@@ -54,11 +55,17 @@ class FinishedClip:
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """What the latents step stores of a clip."""
+    """What the latents step stores of a clip; its prompt's embedding is stored once for all videos that share it."""
 
     latents: np.ndarray  # [16, F, H/8, W/8] float16
-    text: np.ndarray  # [L, D] float16
     image: np.ndarray  # [N, C] float16
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What the latents step stores of a prompt."""
+
+    text: np.ndarray  # [L, D] float16
 
 
 @dataclass
@@ -66,6 +73,8 @@ class PackResult:
     """What went into the dataset and what did not."""
 
     clips: int = 0
+    kept: int = 0  # of them, those that were packed before and have not changed: neither read nor written
+    bytes_written: int = 0
     quarantined: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
     not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
 
@@ -77,6 +86,8 @@ class Pipeline:
         self.settings = settings
         self.preset: Preset = settings.load_preset()
         self.store = Store(settings.data)
+        self.prompts = Prompts(settings.videos)
+        self.encoder_ids = self.preset.encoders.identities(self.preset.model.wan.text_len)
         self._hashes: dict[str, str] = {}
 
     @cached_property
@@ -117,6 +128,8 @@ class Pipeline:
         """
         wanted = self.fingerprint(step, key)
         done = self.store.done(step, key)
+        if step == "latents":
+            self._embed_texts(key)
         if done is not None and done.fingerprint == wanted:
             return done
         started = time.perf_counter()
@@ -135,9 +148,11 @@ class Pipeline:
         """True when the step's result is missing or was made from other inputs, settings or code."""
         done = self.store.done(step, key)
         try:
-            return done is None or done.fingerprint != self.fingerprint(step, key)
+            if done is None or done.fingerprint != self.fingerprint(step, key):
+                return True
         except MissingInput:
             return True
+        return step == "latents" and any(not self._text_file(prompt).is_file() for prompt in self._texts_of(key))
 
     def fingerprint(self, step: StepName, key: str) -> str:
         """Hash of everything the step's result depends on."""
@@ -148,8 +163,8 @@ class Pipeline:
         elif step == "depth":
             parts = [self._input("geometry", key).fingerprint, self.depth_engine.version]
         else:
-            encoders = self.preset.encoders.model_dump(mode="json")
-            parts = [self._input("clips", key).fingerprint, encoders, self.preset.model.wan.text_len, self._prompt(key)]
+            ids = [self.encoder_ids[part] for part in ("vae", "image")]
+            parts = [self._input("clips", key).fingerprint, *ids, self._prompt_fault(key)]
         return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
     def _clips(self, key: str, folder: Path) -> Done:
@@ -187,16 +202,33 @@ class Pipeline:
         return self._each_clip("geometry", key, f"{engine.name}:{engine.version}", annotate)
 
     def _latents(self, key: str, folder: Path) -> Done:
-        prompt = self._prompt(key)
+        made_by = self.preset.encoders.weights.identity
+        if fault := self._prompt_fault(key):
+            return Done(video=self._input("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
 
         def encode(clip: Clip) -> dict[str, float]:
             frames = clip_io.read_frames(self._path(key), clip, clip.height, clip.width)
-            latents, image = self.encoders.encode_video(frames), self.encoders.encode_image(frames[0])
-            encoded = EncodedClip(latents, self.encoders.encode_text(prompt), image)
+            encoded = EncodedClip(self.encoders.encode_video(frames), self.encoders.encode_image(frames[0]))
             save_arrays(folder / f"{clip.clip_id}.npz", encoded)
-            return {"latent_std": float(latents.astype(np.float32).std())}
+            return {"latent_std": float(encoded.latents.astype(np.float32).std())}
 
-        return self._each_clip("clips", key, self.preset.encoders.weights.identity, encode)
+        return self._each_clip("clips", key, made_by, encode)
+
+    def _embed_texts(self, key: str) -> None:
+        """Embed the video's prompt and the empty one, unless that was done before, for this or any other video."""
+        for prompt in self._texts_of(key):
+            file = self._text_file(prompt)
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(file) as temporary:
+                    save_arrays(temporary, EncodedText(self.encoders.encode_text(prompt)))
+
+    def _texts_of(self, key: str) -> list[str]:
+        return [] if self._prompt_fault(key) else sorted({"", self._prompt(key)})
+
+    def _text_file(self, prompt: str) -> Path:
+        made_from = json.dumps([CODE_VERSION, self.encoder_ids["text"], prompt])
+        return self.store.text(hashlib.sha256(made_from.encode()).hexdigest()[:32])
 
     def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
         """Run `work` on every clip that the step before let through; a RejectedClip sets that clip aside, no other."""
@@ -214,8 +246,9 @@ class Pipeline:
     # ---- the dataset -----------------------------------------------------------------------------------------------
 
     def pack(self, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> PackResult:
-        """Write every annotated clip into the sharded dataset, and every one set aside into its manifest with the reason.
+        """Bring the sharded dataset up to date: every annotated clip in it, every one set aside in its manifest with the reason.
 
+        Clips that were packed before and have not changed are neither read nor written.
         Raises MissingInput when not a single clip is ready.
         """
         result = PackResult()
@@ -225,48 +258,77 @@ class Pipeline:
                 result.not_annotated.append(video)
             else:
                 ready[key] = video
-        usable = {key for key in ready if any(not c.quarantined for c in self._input("depth", key).clips)}
+        reasons = {key: self._reasons(key) for key in ready}
+        usable = {key: clips for key in ready if (clips := self._good_clips(key, reasons[key]))}
         if not usable:
-            reasons = [f"  {video}: {reason}" for key, video in ready.items() for reason in self._reasons(key).values()]
+            listing = [f"  {video}: {reason}" for key, video in ready.items() for reason in reasons[key].values()]
             raise MissingInput(
                 f"no annotated clip to pack from {self.settings.videos} ({len(ready)} videos annotated, "
-                f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(reasons)
+                f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(listing)
             )
         splits = assign_splits([ready[key] for key in sorted(usable)], self.settings.val_percent)
         with ShardWriter(self.store.dataset) as writer:
             for key in progress(ready):
-                for name, reason in self._reasons(key).items():
+                for name, reason in reasons[key].items():
                     result.quarantined[name] = reason
                     writer.quarantine(name, ready[key], reason)
                 if key in usable:
-                    for record in self._records(key):
-                        writer.add(record, splits[record.video])
+                    self._pack_texts(key, writer)
+                    source = self._source(key)
+                    for clip in usable[key]:
+                        if writer.keep(clip.clip_id, splits[clip.video], source, self._prompt(key)):
+                            result.kept += 1
+                        else:
+                            writer.add(self._record(key, clip), splits[clip.video], source)
                         result.clips += 1
+        result.bytes_written = writer.bytes_written
         return result
 
     def _reasons(self, key: str) -> dict[str, str]:
-        depth = self._input("depth", key)
-        if depth.rejected:
-            return {key: depth.rejected}
-        return {status.clip_id: status.quarantined for status in depth.clips if status.quarantined}
+        """Clip id, or the video's key for the whole of it -> why it is set aside."""
+        depth, latents = self._input("depth", key), self._input("latents", key)
+        if rejected := depth.rejected or latents.rejected:
+            return {key: rejected}
+        return {status.clip_id: status.quarantined for status in (*latents.clips, *depth.clips) if status.quarantined}
 
-    def _records(self, key: str) -> Iterator[ClipRecord]:
-        geometry, depth, latents = (self._input(step, key) for step in ("geometry", "depth", "latents"))
+    def _good_clips(self, key: str, reasons: dict[str, str]) -> list[Clip]:
+        if key in reasons:
+            return []
+        return [clip for clip in self.clips_of(key, self._input("depth", key)) if clip.clip_id not in reasons]
+
+    def _source(self, key: str) -> str:
+        """Digest of all that the packed clips of a video are made from, but for the prompt, which is no part of them."""
+        parts = [CODE_VERSION, *(self._input(step, key).fingerprint for step in ("depth", "latents")), self.encoder_ids["text"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _pack_texts(self, key: str, writer: ShardWriter) -> None:
+        for prompt in self._texts_of(key):
+            if not writer.keep_text(prompt, self.encoder_ids["text"]):
+                writer.add_text(prompt, load_arrays(self._text_file(prompt), EncodedText).text, self.encoder_ids["text"])
+
+    def _record(self, key: str, clip: Clip) -> ClipRecord:
+        geometry, depth = self._input("geometry", key), self._input("depth", key)
         measured = {status.clip_id: status.quality for status in geometry.clips}
-        for clip in self.clips_of(key, depth):
-            finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
-            encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", EncodedClip)
-            names = ("depth", "confidence", "intrinsics", "w2c")
-            yield ClipRecord(
-                clip_id=clip.clip_id,
-                video=clip.video,
-                fps=clip.fps,
-                scale=float(finished.scale),
-                prompt=self._prompt(key),
-                arrays={name: getattr(finished, name) for name in names} | vars(encoded),
-                quality=measured[clip.clip_id],
-                versions={"geometry": geometry.made_by, "depth": depth.made_by, "encoders": latents.made_by},
-            )
+        finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
+        encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", EncodedClip)
+        names = ("depth", "confidence", "intrinsics", "w2c")
+        return ClipRecord(
+            clip_id=clip.clip_id,
+            video=clip.video,
+            fps=clip.fps,
+            scale=float(finished.scale),
+            prompt=self._prompt(key),
+            arrays={name: getattr(finished, name) for name in names} | vars(encoded),
+            quality=measured[clip.clip_id],
+            versions={"geometry": geometry.made_by, "depth": depth.made_by, **self.encoder_ids},
+        )
+
+    def misspelt_prompts(self) -> dict[str, str]:
+        """Videos that prompts.csv names and the folder lacks -> where. A file that cannot be read sets videos aside instead."""
+        try:
+            return self.prompts.unknown(set(self.videos.values()))
+        except PromptError:
+            return {}
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -323,9 +385,15 @@ class Pipeline:
         return self._hashes[key]
 
     def _prompt(self, key: str) -> str:
-        """The text of `name.txt` beside `name.mp4`; empty when there is none."""
-        path = self._path(key).with_suffix(".txt")
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        return self.prompts.of(self.videos[key])
+
+    def _prompt_fault(self, key: str) -> str:
+        """Why the video's prompt cannot be read; "" when it can."""
+        try:
+            self._prompt(key)
+        except PromptError as error:
+            return str(error)
+        return ""
 
     def _frames(self, key: str, clip: Clip) -> np.ndarray:
         """The clip's frames at the annotation size [T, h, w, 3] uint8."""

@@ -4,6 +4,7 @@
     geometry/<video_key>/     <clip_id>.npz
     depth/<video_key>/        <clip_id>.npz
     latents/<video_key>/      <clip_id>.npz
+    texts/<digest>.npz        embedding of a prompt by a text encoder, for all videos that share it
     dataset/                  manifest.parquet and shards
     outputs/fantasy_world_<stage>/<digest>/    step-N.safetensors, metrics.jsonl, result.json
     reports/<stage>.html
@@ -64,6 +65,9 @@ class Store:
     @property
     def dataset(self) -> Path:
         return self.root / "dataset"
+
+    def text(self, digest: str) -> Path:
+        return self.root / "texts" / f"{digest}.npz"
 
     def outputs(self, stage: Stage) -> Path:
         return self.root / "outputs" / f"fantasy_world_{stage}"
@@ -127,10 +131,20 @@ def load_arrays(path: Path, kind: type[T]) -> T:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name, of the same suffix, for a file that takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

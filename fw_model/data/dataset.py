@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fw_model.data.manifest import SPLITS, DatasetError, read_manifest
+from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest, read_texts
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
 
@@ -46,8 +46,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.rows = [row for row in read_manifest(self.path) if row.split == split and not row.quarantine]
         if not self.rows and split == "train":
             raise DatasetError(f"{self.path}: no clip in its train split; see: python -m fw_model.data info {self.path}")
+        self.texts = read_texts(self.path)
         for row in self.rows:
-            length = row.arrays["text"][1][0]
+            if "video" in row.arrays:
+                raise DatasetError(
+                    f"{self.path}: clip {row.clip_id} is not encoded yet (it has pictures, no latents); encode it while training "
+                    "with fw_model.data.online.OnlineEncodedClips, or pack the dataset with the latents step"
+                )
+            length = self._text_row(row).arrays["text"][1][0]
             if length > text_len:
                 raise DatasetError(f"{self.path}: clip {row.clip_id} has {length} text tokens, the model takes {text_len}")
             for key, wanted in (versions or {}).items():
@@ -68,23 +74,47 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip; raises DatasetError naming shard and clip when its bytes are damaged."""
-        if self._reader is None:
-            self._reader = ShardReader(self.path, self.verify_hash)
         row = self.rows[index]
-        arrays = self._reader.read(row)
-        text = np.zeros((self.text_len, arrays["text"].shape[1]), np.float32)
-        text[: len(arrays["text"])] = arrays["text"]
+        arrays = self.read(row)
         depth = _tensor(arrays["depth"])
         return {
             "clip_id": row.clip_id,
             "latents": _tensor(arrays["latents"]),
-            "text": torch.from_numpy(text),
+            "text": self._text(self._text_row(row)),
             "image": _tensor(arrays["image"]),
             "depth": depth,
             "valid": depth > 0,
             "intrinsics": _tensor(arrays["intrinsics"]),
             "w2c": _tensor(arrays["w2c"]),
         }
+
+    def read(self, row: ClipRow) -> dict[str, np.ndarray]:
+        """The arrays of a row as they are stored."""
+        if self._reader is None:
+            self._reader = ShardReader(self.path, self.verify_hash)
+        return self._reader.read(row)
+
+    @property
+    def text_width(self) -> int:
+        """Width D of the prompt embeddings."""
+        return self.texts[""].arrays["text"][1][1]
+
+    def empty_text(self) -> torch.Tensor:
+        """The empty prompt's embedding [text_len, D], as the samples have theirs; for dropping prompts in training."""
+        return self._text(self.texts[""])
+
+    def _text_row(self, row: ClipRow) -> ClipRow:
+        if row.prompt not in self.texts:
+            raise DatasetError(
+                f"{self.path}: clip {row.clip_id}: no embedding of its prompt {row.prompt!r}; pack the dataset again"
+            )
+        return self.texts[row.prompt]
+
+    def _text(self, row: ClipRow) -> torch.Tensor:
+        embedding = self.read(row)["text"]
+        text = torch.zeros(self.text_len, embedding.shape[1])
+        text[: len(embedding)] = torch.from_numpy(embedding.astype(np.float32))
+        return text
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_reader": None}  # memory maps stay with the process that opened them

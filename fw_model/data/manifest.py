@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 from fw_model.data.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.parquet"
+TEXTS = "texts.parquet"  # the manifest of the prompts: a row per distinct prompt, with the columns of a clip's row
 SPLITS = ("train", "val")
-_SHARD_NAME = re.compile(r"(train|val)-\d{5}-of-\d{5}\.parquet")
+TEXT_SPLIT = "texts"  # what stands for the split in the names of shards that hold prompt embeddings
+_SHARD_NAME = re.compile(r"(train|val|texts)-\d{5}-of-\d{5}\.parquet")
 
 
 class DatasetError(ValueError):
@@ -32,7 +34,10 @@ class PackInProgressError(DatasetError):
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One row of the manifest. A quarantined clip has a reason and no payload (shard "", row_group -1, split "" if unknown)."""
+    """One row of the manifest. A quarantined clip has a reason and no payload (shard "", row_group -1, split "" if unknown).
+
+    `texts.parquet` has the same rows for prompts: clip_id a digest of the prompt, split "texts", one array "text" [L, D].
+    """
 
     clip_id: str
     video: str
@@ -49,6 +54,7 @@ class ClipRow:
     versions: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     quarantine: str = ""
+    source: str = ""  # digest of what the clip was made from; while it stays the same, a pack keeps the clip; "": unknown
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -71,6 +77,7 @@ _MANIFEST_SCHEMA = pa.schema(
         ("versions", pa.string()),  # json
         ("quality", pa.string()),  # json
         ("quarantine", pa.string()),
+        ("source", pa.string()),
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
@@ -83,8 +90,32 @@ def read_manifest(path: str | Path) -> list[ClipRow]:
     Raises MissingDatasetError naming the folder and the job that makes it; DatasetError for a manifest that is damaged, of
     another format version, or that points outside its folder.
     """
-    file = dataset_folder(path) / MANIFEST
-    table = open_parquet(file).read(use_threads=False)
+    return _shards_named(dataset_folder(path) / MANIFEST)
+
+
+def read_texts(path: str | Path) -> dict[str, ClipRow]:
+    """Prompt -> the row that says where its embedding lies; the empty prompt is among them as soon as one clip is encoded.
+
+    Raises as `read_manifest`.
+    """
+    return {row.prompt: row for row in _shards_named(dataset_folder(path) / TEXTS)}
+
+
+def _shards_named(file: Path) -> list[ClipRow]:
+    """`read_rows` of a finished dataset: every row with a payload is in a shard beside `file`."""
+    rows = read_rows(file)
+    for row in rows:
+        if not row.quarantine and not _SHARD_NAME.fullmatch(row.shard):
+            raise DatasetError(f"{file}: clip {row.clip_id}: {row.shard!r} is not a shard's name")
+    return rows
+
+
+def read_rows(file: Path) -> list[ClipRow]:
+    """Rows written by `write_rows`, ordered by clip id; DatasetError when they are damaged or of another format version."""
+    try:
+        table = open_parquet(file, checksums=True).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file}: damaged ({error}); pack the dataset again") from error
     version = (table.schema.metadata or {}).get(b"format_version", b"?").decode()
     if version != str(FORMAT_VERSION):
         raise DatasetError(f"{file}: format version {version}, this code reads {FORMAT_VERSION}; pack the dataset again")
@@ -97,26 +128,26 @@ def read_manifest(path: str | Path) -> list[ClipRow]:
             record["arrays"] = {name: (str(dtype), tuple(shape)) for name, (dtype, shape) in record["arrays"].items()}
         except (TypeError, ValueError) as error:
             raise DatasetError(f"{file}: clip {record['clip_id']}: bad JSON column ({error})") from error
-        row = ClipRow(**record)
-        if not row.quarantine and not _SHARD_NAME.fullmatch(row.shard):
-            raise DatasetError(f"{file}: clip {row.clip_id}: {row.shard!r} is not a shard's name")
-        rows.append(row)
+        rows.append(ClipRow(**record))
     return sorted(rows, key=lambda row: row.clip_id)
 
 
 def dataset_digest(path: str | Path) -> str:
-    """16 hex digits of what training sees: the packed clips with their payload hashes, splits and versions.
+    """16 hex digits of what training sees: the packed clips and prompts with their payload hashes, splits and versions.
 
     The layout (shard names, order of packing), quality numbers and quarantined clips do not change it.
     """
     keys = ("clip_id", "video", "split", "bucket", "fps", "scale", "prompt", "arrays", "xxh64", "versions")
-    rows = [{key: getattr(row, key) for key in keys} for row in read_manifest(path) if not row.quarantine]
+    found = [*read_manifest(path), *read_texts(path).values()]
+    rows = [{key: getattr(row, key) for key in keys} for row in found if not row.quarantine]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, rows], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_manifest(path: Path, rows: list[ClipRow]) -> None:
+def write_rows(path: Path, rows: list[ClipRow]) -> None:
+    """Write a manifest. Every page carries a checksum, which `read_rows` checks."""
     records = [{**asdict(row), **{c: json.dumps(getattr(row, c), sort_keys=True) for c in _JSON_COLUMNS}} for row in rows]
-    pq.write_table(pa.Table.from_pylist(records, schema=_MANIFEST_SCHEMA), path, compression="none")
+    table = pa.Table.from_pylist(records, schema=_MANIFEST_SCHEMA)
+    pq.write_table(table, path, compression="none", write_page_checksum=True)
 
 
 def dataset_folder(path: str | Path) -> Path:
@@ -128,10 +159,10 @@ def dataset_folder(path: str | Path) -> Path:
     raise MissingDatasetError(f"no dataset at {path} (no {MANIFEST}); make it with: python -m fw_pipeline.launch build_dataset")
 
 
-def open_parquet(file: Path) -> pq.ParquetFile:
-    """The one place that opens dataset files."""
+def open_parquet(file: Path, checksums: bool = False) -> pq.ParquetFile:
+    """The one place that opens dataset files. checksums: have the pages' checked (payload has hashes of its own)."""
     try:
-        return pq.ParquetFile(file, memory_map=True)
+        return pq.ParquetFile(file, memory_map=True, page_checksum_verification=checksums)
     except FileNotFoundError as error:
         raise DatasetError(f"{file}: missing; pack the dataset again") from error
     except (pa.ArrowException, OSError) as error:

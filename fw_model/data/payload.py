@@ -1,16 +1,22 @@
-"""How a clip's arrays lie in a shard: one row group of raw bytes, and the hash that the manifest keeps of them."""
+"""How arrays lie in a shard: one row group of raw bytes, and the hash that the manifest keeps of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from fw_model.data.schema import ARRAYS
+from fw_model.data.schema import ARRAYS, TEXT, VIDEO
 
-PAYLOAD_SCHEMA = pa.schema([("clip_id", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
+_DTYPES = {name: dtype for name, (dtype, _) in {**ARRAYS, "video": VIDEO, "text": TEXT}.items()}
+
+
+def payload_schema(names: Iterable[str]) -> pa.Schema:
+    """Columns of a shard whose rows have these arrays; all rows of a shard have the same ones."""
+    return pa.schema([("clip_id", pa.string()), *((name, pa.large_binary()) for name in sorted(names))])
 
 
 def stored_dtype(dtype: str) -> np.dtype:
@@ -18,10 +24,24 @@ def stored_dtype(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def payload_hash(arrays: dict[str, tuple[str, tuple[int, ...]]], buffers: dict[str, memoryview]) -> str:
-    """xxh64 over name, dtype, shape and bytes of every array, in the order of ARRAYS."""
+class Payload:
+    """The bytes of one row: of a clip's arrays, or of a prompt's embedding."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """arrays: of the dtypes of `schema.ARRAYS`, in any byte order and memory layout; copied only where they must be."""
+        stored = {name: np.ascontiguousarray(a, dtype=stored_dtype(_DTYPES[name])) for name, a in arrays.items()}
+        self.arrays = {name: (_DTYPES[name], array.shape) for name, array in stored.items()}
+        self.buffers = {name: array.reshape(-1).view(np.uint8).data for name, array in stored.items()}
+        self.bytes = sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def xxh64(self) -> str:
+        return payload_hash(self.arrays, self.buffers)
+
+
+def payload_hash(arrays: Mapping[str, tuple[str, tuple[int, ...]]], buffers: Mapping[str, memoryview]) -> str:
+    """xxh64 over name, dtype, shape and bytes of every array, in the order of names."""
     digest = xxhash.xxh64()
-    for name in ARRAYS:
+    for name in sorted(arrays):
         digest.update(json.dumps([name, *arrays[name]]).encode())
         digest.update(buffers[name])
     return digest.hexdigest()

@@ -12,19 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 POSE_TOLERANCE = 1e-4  # float32 poses of a long chain of products stay well below it
 
 # Arrays of a clip row: name -> (dtype as stored, shape in symbols). F = 1 + (T - 1) / 4.
 ARRAYS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "latents": ("float16", (16, "F", "H/8", "W/8")),  # normalised VAE latents; frame 0 doubles as the image latent
-    "text": ("float16", ("L", "D")),  # prompt embedding without padding
     "image": ("float16", ("N", "C")),  # CLIP features of the first frame
     "depth": ("float16", ("T", "H", "W")),  # 0 = invalid
     "confidence": ("uint8", ("T", "H", "W")),  # 255 = certain
     "intrinsics": ("float32", ("T", 3, 3)),  # pixels of the H x W image
     "w2c": ("float32", ("T", 3, 4)),
 }
+# A clip that is not encoded yet has its pictures instead of what the encoders make of them.
+VIDEO: tuple[str, tuple[str | int, ...]] = ("uint8", ("N",))  # bytes of a video file of exactly T frames of H x W
+RAW_ARRAYS = {"video": VIDEO, **{name: spec for name, spec in ARRAYS.items() if name not in ("latents", "image")}}
+# Prompts are embedded once each and kept apart from the clips; see `manifest.read_texts`.
+TEXT: tuple[str, tuple[str | int, ...]] = ("float16", ("L", "D"))  # prompt embedding of L real tokens, without padding
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class ClipRecord:
     video: str  # path relative to the videos folder; the split is a hash of it
     fps: float
     scale: float
-    prompt: str
-    arrays: dict[str, np.ndarray]  # exactly the keys of ARRAYS
+    prompt: str  # its embedding is given to the writer by `add_text`, once for all clips that share it
+    arrays: dict[str, np.ndarray]  # exactly the keys of ARRAYS, or of RAW_ARRAYS for a clip that is not encoded yet
     quality: dict[str, float]  # per-clip numbers: inlier_ratio, reprojection_error, valid_fraction, ...
-    versions: dict[str, str]  # who made it: geometry, depth, encoders (ids and revisions), code
+    versions: dict[str, str]  # who made it: geometry, depth, and the encoders as `EncodersConfig.identities` names them
 
 
 @dataclass(frozen=True)
@@ -81,16 +85,25 @@ def check_record(record: ClipRecord) -> None:
         raise ValueError(f"clip {record.clip_id}: {error}") from error
 
 
+def check_text(prompt: str, embedding: np.ndarray) -> None:
+    """Raise ValueError naming the prompt unless the embedding is a finite float16 [L, D] with at least one token."""
+    if embedding.ndim != 2 or 0 in embedding.shape or embedding.dtype.newbyteorder("=") != np.dtype(TEXT[0]):
+        raise ValueError(f"prompt {prompt!r}: expected a {TEXT[0]} embedding [L, D], got {embedding.dtype} {embedding.shape}")
+    if not np.isfinite(embedding).all():
+        raise ValueError(f"prompt {prompt!r}: its embedding holds NaN or infinity")
+
+
 def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
-    if set(arrays) != set(ARRAYS):
-        raise ValueError(f"arrays {sorted(arrays)}, expected {sorted(ARRAYS)}")
+    specs = RAW_ARRAYS if "video" in arrays else ARRAYS
+    if set(arrays) != set(specs):
+        raise ValueError(f"arrays {sorted(arrays)}, expected {sorted(specs)}")
     if arrays["depth"].ndim != 3:
         raise ValueError(f"depth: expected [T, H, W], got shape {list(arrays['depth'].shape)}")
     frames, height, width = arrays["depth"].shape
     if frames % 4 != 1 or height % 16 or width % 16 or not height * width:
         raise ValueError(f"bucket {height}x{width}x{frames}: frames must be 4k+1 and both sides positive multiples of 16")
     sizes = {"T": frames, "H": height, "W": width, "F": 1 + (frames - 1) // 4, "H/8": height // 8, "W/8": width // 8}
-    for name, (dtype, shape) in ARRAYS.items():
+    for name, (dtype, shape) in specs.items():
         array = arrays[name]
         wanted = [sizes.get(size, size) if isinstance(size, str) else size for size in shape]
         fits = array.ndim == len(wanted) and all(isinstance(w, str) or w == n for w, n in zip(wanted, array.shape, strict=True))

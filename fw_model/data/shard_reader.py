@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fw_model.data.manifest import ClipRow, DatasetError, dataset_folder, open_parquet
-from fw_model.data.payload import PAYLOAD_SCHEMA, payload_hash, stored_dtype
-from fw_model.data.schema import ARRAYS
+from fw_model.data.payload import payload_hash, payload_schema, stored_dtype
 
 
 class ShardReader:
@@ -22,8 +21,15 @@ class ShardReader:
         self.max_open = max_open
         self._files: dict[str, pq.ParquetFile] = {}
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> ShardReader:
+        """A reader of shards in a folder that need not hold a whole dataset."""
+        reader = cls.__new__(cls)
+        reader.path, reader.verify_hash, reader.max_open, reader._files = folder, True, 1, {}
+        return reader
+
     def read(self, row: ClipRow) -> dict[str, np.ndarray]:
-        """Read-only arrays of a clip, named and shaped as `schema.ARRAYS`, viewing the bytes that were read.
+        """Read-only arrays of a row of the manifest or of the texts, named and shaped as it says, viewing the bytes read.
 
         Raises DatasetError naming shard and clip when the shard is missing, damaged, or its bytes have another hash.
         """
@@ -35,16 +41,15 @@ class ShardReader:
             table = file.read_row_group(row.row_group, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{where}: cannot be read ({error})") from error
-        if table.num_rows != 1 or set(table.column_names) != set(PAYLOAD_SCHEMA.names):
-            raise DatasetError(
-                f"{where}: expected one row with {PAYLOAD_SCHEMA.names}, got {table.num_rows} with {table.column_names}"
-            )
+        names = payload_schema(row.arrays).names
+        if table.num_rows != 1 or table.column_names != names:
+            raise DatasetError(f"{where}: expected one row with {names}, got {table.num_rows} with {table.column_names}")
         if table["clip_id"][0].as_py() != row.clip_id:
             found = table["clip_id"][0].as_py()
             raise DatasetError(
                 f"{where}: holds clip {found} instead: was the dataset packed again meanwhile? Start again or pack it"
             )
-        buffers = {name: memoryview(table[name][0].as_buffer()) for name in ARRAYS}
+        buffers = {name: memoryview(table[name][0].as_buffer()) for name in row.arrays}
         if self.verify_hash and payload_hash(row.arrays, buffers) != row.xxh64:
             raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
         try:

@@ -1,49 +1,90 @@
 """Writing the packed dataset.
 
     dataset/manifest.parquet                one row per clip, quarantined clips included; written last
-    dataset/train-00000-of-00012.parquet    payload: one split and one bucket per shard, ONE ROW GROUP = ONE CLIP
+    dataset/train-00000-of-00012.parquet    clips: one split and one bucket per shard, ONE ROW GROUP = ONE CLIP
+    dataset/texts.parquet                   one row per distinct prompt, the empty one included
+    dataset/texts-00000-of-00001.parquet    prompt embeddings, one row group each
 
 Arrays are raw little-endian bytes in large_binary columns, uncompressed, without dictionary or statistics, so that a clip
 is one contiguous memory-mapped read; their dtypes and shapes stand in the manifest, with a hash of each clip's bytes.
 
-A pack is prepared in a sibling folder `.dataset.packing` and swapped in whole by rename; until then, and however it is
-interrupted, the last good dataset stays readable. The folder belongs to the pack: anything else put there is lost.
+A pack writes only what is new. A shard whose clips all stay is hard-linked into the new dataset; one of which a clip goes
+or changes is written again. The new dataset is prepared in a sibling folder `.dataset.packing` and swapped in whole by
+rename; until then, and however the pack is interrupted, the last good dataset stays readable. Shards that an interrupted
+pack had finished are used by the next one. The folder belongs to the pack: anything else put there is lost.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fw_model.data.manifest import MANIFEST, SPLITS, ClipRow, DatasetError, write_manifest
-from fw_model.data.payload import PAYLOAD_SCHEMA, payload_hash, stored_dtype
-from fw_model.data.schema import ARRAYS, ClipRecord, bucket_of, check_record
-from fw_model.data.swap import clear_up, fsync, packing_folder, remove, swap_in, take_lock
+from fw_model.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TEXT_SPLIT,
+    TEXTS,
+    ClipRow,
+    DatasetError,
+    MissingDatasetError,
+    dataset_folder,
+    open_parquet,
+    read_manifest,
+    read_texts,
+    write_rows,
+)
+from fw_model.data.payload import Payload
+from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
+from fw_model.data.shard_file import FinishedShard, ShardFile, finished_shards
+from fw_model.data.shard_reader import ShardReader
+from fw_model.data.swap import clear_up, fsync, link, packing_folder, remove, swap_in, take_lock, whole_folder
+
+log = logging.getLogger(__name__)
+
+Kind = tuple[str, str, tuple[str, ...]]  # (split, bucket, names of the arrays): what all rows of a shard share
 
 
 class ShardWriter:
-    """Packs a dataset: `with ShardWriter(folder) as writer: writer.add(record, "train")`.
+    """Packs a dataset, or brings one up to date.
+
+        with ShardWriter(folder) as writer:
+            if not writer.keep("clip", "train", source="digest of its inputs"):
+                writer.add(record, "train", source="digest of its inputs")
+            if not writer.keep_text(prompt, version):
+                writer.add_text(prompt, embedding, version)
+
+    What is neither kept nor added is no longer in the dataset. One writer packs all buckets: a shard is of one bucket, and
+    which one follows from the clip.
 
     Entering takes the pack lock (PackInProgressError if another process holds it). Leaving normally writes the manifest and
-    swaps the new dataset in; leaving by an exception discards it. Either way, and if the process is killed, a dataset that
-    was there before stays whole until the new one is. The lock is the kernel's: a dead process holds none.
+    swaps the new dataset in; leaving by an exception keeps the finished shards for the next pack and discards the rest.
+    Either way, and if the process is killed, a dataset that was there before stays whole until the new one is. The lock is
+    the kernel's: a dead process holds none.
     """
 
     def __init__(self, path: str | Path, target_bytes: float = 256e6) -> None:
         """path: the dataset's folder; target_bytes: a shard is closed when its payload reaches this size."""
         self.path = Path(path).absolute()
         self.target_bytes = target_bytes
-        self._folder = packing_folder(self.path)
-        self._rows: dict[str, ClipRow] = {}
-        self._open: dict[tuple[str, str], _Shard] = {}
-        self._closed: list[_Shard] = []
+        self.bytes_written = 0  # payload written by this pack, copies of clips from shards that had to be rewritten included
+        self._work = packing_folder(self.path)
+        self._rows: dict[str, ClipRow] = {}  # by clip id
+        self._texts: dict[str, ClipRow] = {}  # by digest of the prompt
+        self._open: dict[Kind, ShardFile] = {}
+        self._closed: list[FinishedShard] = []
+        self._earlier: dict[str, tuple[FinishedShard, ClipRow]] = {}  # rows of the last dataset and of an interrupted pack
+        self._whole: dict[Path, bool] = {}
         self._split_of_video: dict[str, str] = {}
+        self._numbers = 0
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> ShardWriter:
@@ -51,7 +92,8 @@ class ShardWriter:
         self._lock = take_lock(self.path)
         try:
             clear_up(self.path)
-            self._folder.mkdir()
+            self._work.mkdir(exist_ok=True)
+            self._look_back()
         except BaseException:
             self._lock.close()
             raise
@@ -59,18 +101,43 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            for shard in self._open.values():
-                shard.close()
-            self._closed += self._open.values()
-            if kind is None:
-                self._finish()
+            if error is None:
+                try:
+                    self._finish()
+                except OSError as failed:
+                    self._explain(failed)
+                    raise
+            elif isinstance(error, OSError):
+                self._explain(error)
         finally:
-            remove(self._folder)
+            for shard in self._open.values():
+                shard.abandon()
+            remove(whole_folder(self.path))
+            if not finished_shards(self._work):
+                remove(self._work)
             if self._lock is not None:
                 self._lock.close()
 
-    def add(self, record: ClipRecord, split: str) -> ClipRow:
+    # ---- what the dataset is to hold ---------------------------------------------------------------------------------
+
+    def keep(self, clip_id: str, split: str, source: str, prompt: str | None = None) -> bool:
+        """Keep a clip as it was packed before, if it was made from the same `source` and packed for the same split.
+
+        Its arrays are neither read nor written; its prompt may change. False when there is no such clip, or its shard is
+        missing or cut short: then `add` it.
+        """
+        self._check_new(clip_id)
+        found = self._earlier_row(clip_id)
+        if found is None or not source or (found[1].source, found[1].split) != (source, split):
+            return False
+        self._check_split(clip_id, found[1].video, split)
+        self._stay(self._rows, found[0], found[1] if prompt is None else replace(found[1], prompt=prompt))
+        return True
+
+    def add(self, record: ClipRecord, split: str, source: str = "") -> ClipRow:
         """Check and write one clip; returns its manifest row (shard names become final when the pack is done).
+
+        A clip that was packed before with the very same bytes stays where it is.
 
         Raises ValueError naming the clip and array for a record that does not fit `schema.ARRAYS`, a clip id seen before,
         or a video that already has clips in the other split.
@@ -79,41 +146,24 @@ class ShardWriter:
         if split not in SPLITS:
             raise ValueError(f"clip {record.clip_id}: split must be one of {SPLITS}, got {split!r}")
         self._check_new(record.clip_id)
-        if self._split_of_video.setdefault(record.video, split) != split:
-            raise ValueError(f"clip {record.clip_id}: video {record.video!r} already has clips in the other split")
-        payload = {
-            name: np.ascontiguousarray(record.arrays[name], dtype=stored_dtype(dtype)) for name, (dtype, _) in ARRAYS.items()
-        }
-        arrays = {name: (ARRAYS[name][0], array.shape) for name, array in payload.items()}
-        buffers = {name: array.reshape(-1).view(np.uint8).data for name, array in payload.items()}
-        bucket = bucket_of(record)
-
-        shard = self._open.get((split, bucket))
-        if shard is None:
-            number = sum(s.split == split and s.bucket == bucket for s in self._closed)
-            shard = self._open[split, bucket] = _Shard(self._folder, split, bucket, number)
+        self._check_split(record.clip_id, record.video, split)
+        payload = Payload(record.arrays)
         row = ClipRow(
             clip_id=record.clip_id,
             video=record.video,
             split=split,
-            bucket=bucket,
+            bucket=bucket_of(record),
             fps=float(record.fps),
             scale=float(record.scale),
             prompt=record.prompt,
-            shard=shard.path.name,
-            row_group=shard.row_groups,
-            arrays=arrays,
-            bytes=sum(buffer.nbytes for buffer in buffers.values()),
-            xxh64=payload_hash(arrays, buffers),
+            arrays=payload.arrays,
+            bytes=payload.bytes,
+            xxh64=payload.xxh64(),
             versions=dict(record.versions),
             quality={key: float(value) for key, value in record.quality.items()},
+            source=source,
         )
-        shard.write(record.clip_id, buffers)
-        self._rows[record.clip_id] = row
-        if shard.bytes >= self.target_bytes:
-            shard.close()
-            self._closed.append(self._open.pop((split, bucket)))
-        return row
+        return self._place(self._rows, row, payload)
 
     def quarantine(self, clip_id: str, video: str, reason: str, split: str | None = None) -> ClipRow:
         """List a clip that is not packed, and why."""
@@ -123,57 +173,211 @@ class ShardWriter:
         row = self._rows[clip_id] = ClipRow(clip_id=clip_id, video=video, split=split or "", quarantine=reason)
         return row
 
-    def _check_new(self, clip_id: str) -> None:
+    def keep_text(self, prompt: str, version: str) -> bool:
+        """Keep a prompt's embedding as it was packed before, or as it was added already, if `version` made it."""
+        self._check_entered()
+        if (known := self._texts.get(text_id(prompt))) is not None:
+            return known.versions == {"text": version}
+        found = self._earlier_row(text_id(prompt))
+        if found is None or found[1].versions != {"text": version}:
+            return False
+        self._stay(self._texts, *found)
+        return True
+
+    def add_text(self, prompt: str, embedding: np.ndarray, version: str) -> ClipRow:
+        """Write the embedding [L, D] float16 of a prompt, made by the text encoder `version`.
+
+        Every prompt of an encoded clip needs one, and so does the empty prompt, which stands in for others in training.
+        Raises ValueError for an embedding that is none, or for a second, different one of the same prompt.
+        """
+        self._check_entered()
+        check_text(prompt, embedding)
+        payload = Payload({"text": embedding})
+        row = ClipRow(
+            clip_id=text_id(prompt),
+            video="",
+            split=TEXT_SPLIT,
+            prompt=prompt,
+            arrays=payload.arrays,
+            bytes=payload.bytes,
+            xxh64=payload.xxh64(),
+            versions={"text": version},
+        )
+        if (known := self._texts.get(row.clip_id)) is not None:
+            if (known.xxh64, known.versions) != (row.xxh64, row.versions):
+                raise ValueError(f"prompt {prompt!r}: added twice, with different embeddings")
+            return known
+        return self._place(self._texts, row, payload)
+
+    def _check_entered(self) -> None:
         if self._lock is None or self._lock.closed:
             raise RuntimeError("ShardWriter is used as a context manager: `with ShardWriter(path) as writer`")
+
+    def _check_new(self, clip_id: str) -> None:
+        self._check_entered()
         if clip_id in self._rows:
             raise ValueError(f"clip {clip_id}: added twice")
 
+    def _check_split(self, clip_id: str, video: str, split: str) -> None:
+        if self._split_of_video.setdefault(video, split) != split:
+            raise ValueError(f"clip {clip_id}: video {video!r} already has clips in the other split")
+
+    # ---- what is there from earlier packs ----------------------------------------------------------------------------
+
+    def _look_back(self) -> None:
+        """Collect the rows that may be kept: of the last dataset, and of the finished shards of an interrupted pack."""
+        try:
+            folder = dataset_folder(self.path)
+            by_shard: dict[Path, list[ClipRow]] = {}
+            for row in (*read_manifest(folder), *read_texts(folder).values()):
+                if not row.quarantine:
+                    by_shard.setdefault(folder / row.shard, []).append(row)
+            shards = [FinishedShard(file, rows) for file, rows in by_shard.items()]
+        except MissingDatasetError:
+            shards = []
+        except DatasetError as error:
+            log.warning("nothing of the dataset that is there can be kept: %s", error)
+            shards = []
+        interrupted = finished_shards(self._work)
+        if interrupted:
+            log.info("going on with an interrupted pack: %d finished shards", len(interrupted))
+        for shard in (*shards, *interrupted):
+            self._earlier |= {row.clip_id: (shard, row) for row in shard.rows}
+        self._numbers = 1 + max((int(shard.file.stem) for shard in interrupted), default=-1)
+
+    def _earlier_row(self, clip_id: str) -> tuple[FinishedShard, ClipRow] | None:
+        """A row of an earlier pack, unless its shard is gone, cut short, or not the manifest's."""
+        found = self._earlier.get(clip_id)
+        if found is None:
+            return None
+        shard = found[0]
+        if shard.file not in self._whole:
+            try:
+                self._whole[shard.file] = open_parquet(shard.file).num_row_groups == len(shard.rows)
+            except DatasetError as error:
+                log.warning("%s; its clips are written again", error)
+                self._whole[shard.file] = False
+        return found if self._whole[shard.file] else None
+
+    def _stay(self, rows: dict[str, ClipRow], shard: FinishedShard, row: ClipRow) -> ClipRow:
+        shard.kept.add(row.clip_id)
+        rows[row.clip_id] = replace(row, shard=str(shard.file))
+        return rows[row.clip_id]
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def _place(self, rows: dict[str, ClipRow], row: ClipRow, payload: Payload) -> ClipRow:
+        """Write a row's payload, unless the same bytes lie in a shard of the same kind already."""
+        found = self._earlier_row(row.clip_id)
+        if found is not None and found[1].xxh64 == row.xxh64 and _kind(found[1]) == _kind(row):
+            return self._stay(rows, found[0], replace(row, row_group=found[1].row_group))
+        rows[row.clip_id] = self._write(row, payload)
+        return rows[row.clip_id]
+
+    def _write(self, row: ClipRow, payload: Payload) -> ClipRow:
+        kind = _kind(row)
+        shard = self._open.get(kind)
+        if shard is None:
+            shard = self._open[kind] = ShardFile(self._work, self._numbers, row.arrays)
+            self._numbers += 1
+        row = shard.write(row, payload)
+        self.bytes_written += payload.bytes
+        if shard.bytes >= self.target_bytes:
+            self._close(kind)
+        return row
+
+    def _close(self, kind: Kind) -> None:
+        self._closed.append(self._open[kind].close())
+        del self._open[kind]
+
     def _finish(self) -> None:
-        """Give shards their final names, write the manifest, swap the folder in."""
+        """Write what is left, put all shards under their final names into one folder, swap it in."""
+        self._check_complete()
+        earlier = {shard.file: shard for shard, _ in self._earlier.values() if shard.kept}
+        linked = [shard for shard in earlier.values() if len(shard.kept) == len(shard.rows)]
+        for shard in earlier.values():
+            if len(shard.kept) < len(shard.rows):
+                self._copy(shard)
+        linked = self._fold_in(linked)
+        for kind in list(self._open):
+            self._close(kind)
+
+        whole = whole_folder(self.path)
+        whole.mkdir()
+        names: dict[str, str] = {}
+        for split in (*SPLITS, TEXT_SPLIT):
+            shards = [shard for shard in (*linked, *self._closed) if shard.split == split]
+            for i, shard in enumerate(sorted(shards, key=lambda shard: shard.bucket)):  # old ones before new ones
+                names[str(shard.file)] = name = f"{split}-{i:05d}-of-{len(shards):05d}.parquet"
+                link(shard.file, whole / name)
+        for file, rows in ((TEXTS, self._texts), (MANIFEST, self._rows)):
+            final = [replace(row, shard=names.get(row.shard, "")) for row in sorted(rows.values(), key=lambda row: row.clip_id)]
+            write_rows(whole / f".{file}", final)
+            fsync(whole / f".{file}")
+            (whole / f".{file}").rename(whole / file)
+        fsync(whole)
+        swap_in(self.path)
+        remove(self._work)
+
+    def _check_complete(self) -> None:
+        """Raise DatasetError when there is nothing to pack or a prompt has no embedding."""
         good = [row for row in self._rows.values() if not row.quarantine]
         if not good:
             reasons = [f"  {row.clip_id}: {row.quarantine}" for row in self._rows.values()][:5]
             raise DatasetError(
                 "\n".join([f"{self.path}: no clip to pack, {len(self._rows)} quarantined; nothing written", *reasons])
             )
-        names: dict[str, str] = {}
-        for split in SPLITS:
-            shards = sorted((s for s in self._closed if s.split == split), key=lambda s: (s.bucket, s.number))
-            for i, shard in enumerate(shards):
-                names[shard.path.name] = f"{split}-{i:05d}-of-{len(shards):05d}.parquet"
-                shard.path.rename(self._folder / names[shard.path.name])
-        rows = sorted(self._rows.values(), key=lambda row: row.clip_id)
-        write_manifest(self._folder / MANIFEST, [replace(row, shard=names.get(row.shard, "")) for row in rows])
-        fsync(self._folder / MANIFEST)
-        fsync(self._folder)
-        swap_in(self.path)
+        encoded = [row for row in good if "latents" in row.arrays]
+        if encoded and text_id("") not in self._texts:
+            raise DatasetError(f"{self.path}: no embedding of the empty prompt was added (add_text); training needs it")
+        for row in encoded:
+            text = self._texts.get(text_id(row.prompt))
+            if text is None:
+                raise DatasetError(
+                    f"{self.path}: clip {row.clip_id}: no embedding of its prompt {row.prompt!r} was added (add_text)"
+                )
+            if text.versions.get("text") != row.versions.get("text"):
+                raise DatasetError(
+                    f"{self.path}: clip {row.clip_id}: its text encoder is {row.versions.get('text')!r}, but its prompt "
+                    f"{row.prompt!r} was embedded by {text.versions.get('text')!r}"
+                )
+
+    def _copy(self, shard: FinishedShard) -> None:
+        """Move the kept rows of an earlier shard into new ones, hashes checked."""
+        reader = ShardReader.of_folder(shard.file.parent)
+        for row in shard.rows:
+            if row.clip_id in shard.kept:
+                rows = self._texts if row.split == TEXT_SPLIT else self._rows
+                rows[row.clip_id] = self._write(rows[row.clip_id], Payload(reader.read(row)))
+        reader.close()
+
+    def _fold_in(self, shards: Iterable[FinishedShard]) -> list[FinishedShard]:
+        """Copy small earlier shards into the unfull new ones of their kind while they fit, so that many small packs do not
+        leave many small shards; returns the others."""
+        left = []
+        for shard in sorted(shards, key=lambda shard: shard.bytes):
+            unfull = self._open.get(_kind(shard.rows[0]))
+            if unfull is not None and unfull.bytes + shard.bytes <= self.target_bytes:
+                self._copy(shard)
+            else:
+                left.append(shard)
+        return sorted(left, key=lambda shard: shard.file)
+
+    def _explain(self, error: OSError) -> None:
+        """Say what a full disk means for the dataset, and what to do."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(self.path.parent).free
+            raise DatasetError(
+                f"{self.path}: cannot write, the disk is full or a quota is reached ({error}; {free:,} bytes free). The dataset "
+                f"that was there is untouched; the finished shards of this pack are kept in {self._work}. Free some space and "
+                "pack again: it goes on from there"
+            ) from error
 
 
-class _Shard:
-    """One payload file being written, under a name that is not final."""
-
-    def __init__(self, folder: Path, split: str, bucket: str, number: int) -> None:
-        self.split, self.bucket, self.number = split, bucket, number
-        self.path = folder / f"{split}-{bucket}-{number:05d}.partial"
-        self.bytes = 0
-        self.row_groups = 0
-        self._writer = pq.ParquetWriter(
-            self.path, PAYLOAD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False, store_schema=True
-        )
-
-    def write(self, clip_id: str, buffers: dict[str, memoryview]) -> None:
-        columns = [pa.array([clip_id]), *(_binary(buffers[name]) for name in ARRAYS)]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=PAYLOAD_SCHEMA))  # one call = one row group
-        self.bytes += sum(buffer.nbytes for buffer in buffers.values())
-        self.row_groups += 1
-
-    def close(self) -> None:
-        self._writer.close()
-        fsync(self.path)
+def text_id(prompt: str) -> str:
+    """What stands for a prompt in file names and tables: 32 hex digits."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:32]
 
 
-def _binary(buffer: memoryview) -> pa.Array:
-    """One large_binary value around a buffer, without copying it."""
-    offsets = pa.py_buffer(np.array([0, buffer.nbytes], np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(buffer)])
+def _kind(row: ClipRow) -> Kind:
+    return row.split, row.bucket, tuple(sorted(row.arrays))

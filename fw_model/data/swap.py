@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,7 +13,13 @@ from fw_model.data.manifest import MANIFEST, DatasetError, PackInProgressError, 
 
 
 def packing_folder(path: Path) -> Path:
+    """Where a pack writes, and leaves what it had finished when it is interrupted."""
     return path.parent / f".{path.name}.packing"
+
+
+def whole_folder(path: Path) -> Path:
+    """Where a pack puts the new dataset together. It is whole once it has a manifest, which comes last."""
+    return packing_folder(path) / "whole"
 
 
 def take_lock(path: Path) -> IO[str]:
@@ -34,29 +41,43 @@ def take_lock(path: Path) -> IO[str]:
 def clear_up(path: Path) -> None:
     """Make the place ready for a pack, after one that was killed too; the caller holds the lock.
 
-    A `previous_folder` without its successor (killed between the renames of `swap_in`) stays until this pack is in place.
+    A pack that was whole when it was killed is put in place. A `previous_folder` without a successor (killed between the
+    renames of `swap_in`) stays until this pack is in place.
 
     Raises DatasetError if the folder holds something that is not a dataset: it would be lost in the swap.
     """
-    remove(packing_folder(path))
-    if (path / MANIFEST).is_file():
-        remove(previous_folder(path))
-        return
-    if path.exists():
+    if path.exists() and not (path / MANIFEST).is_file():
         if not path.is_dir() or any(path.iterdir()):
             raise DatasetError(
                 f"{path}: exists and is not a dataset (no {MANIFEST}); packing would replace it, so give another folder"
             )
         path.rmdir()
+    if path.exists():
+        remove(previous_folder(path))
+    if (whole_folder(path) / MANIFEST).is_file():
+        swap_in(path)
+        remove(packing_folder(path))
+    remove(whole_folder(path))
 
 
 def swap_in(path: Path) -> None:
     """Put the packed folder in place. Between the two renames readers find the old one through `dataset_folder`."""
     if path.exists():
         path.rename(previous_folder(path))
-    packing_folder(path).rename(path)
+    whole_folder(path).rename(path)
     fsync(path.parent)
     remove(previous_folder(path))
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a finished file a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+        fsync(target)
 
 
 def remove(folder: Path) -> None:

@@ -10,7 +10,7 @@ from fw_pipeline.resources import PipelineResource
 
 @per_video_asset("dataset", deps=[clips], pool="gpu")
 def latents(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> None:
-    """VAE latents, prompt embedding and first-frame features of each clip, so that training never loads an encoder."""
+    """VAE latents and first-frame features of each clip, and each distinct prompt's embedding: training loads no encoder."""
     for_each_video(context, pipeline, "latents")
 
 
@@ -31,12 +31,16 @@ def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResourc
         context.log.warning("set aside %s: %s", name, reason)
     if result.not_annotated:
         context.log.warning("not annotated yet, left out: %s", ", ".join(result.not_annotated))
+    for video, where in built.misspelt_prompts().items():
+        context.log.warning("%s names a video that is not in the folder: %s", where, video)
     digest = dataset_digest(built.store.dataset)
     listing = "\n".join(f"- `{name}`: {reason}" for name, reason in result.quarantined.items()) or "none"
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest),
         metadata={
             "clips": result.clips,
+            "kept as they were": result.kept,
+            "bytes written": result.bytes_written,
             "quarantined": len(result.quarantined),
             "reasons": dg.MetadataValue.md(listing),
             "not annotated": len(result.not_annotated),

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from fw_model.cameras import make_trajectory
+from fw_model.data.manifest import ClipRow
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
+
+TEXT_VERSION = "made:0/text"
 
 
 def make_record(
     clip_id: str,
     video: str | None = None,
     size: tuple[int, int, int] = (32, 48, 5),
-    text: tuple[int, int] = (3, 16),
     image: tuple[int, int] = (5, 8),
     **changes: np.ndarray,
 ) -> ClipRecord:
@@ -28,7 +30,6 @@ def make_record(
     depth[:, :2] = 0
     arrays = {
         "latents": rng.normal(size=(16, 1 + (frames - 1) // 4, height // 8, width // 8)).astype(np.float16),
-        "text": rng.normal(size=text).astype(np.float16),
         "image": rng.normal(size=image).astype(np.float16),
         "depth": depth.astype(np.float16),
         "confidence": rng.integers(0, 256, (frames, height, width)).astype(np.uint8),
@@ -43,12 +44,24 @@ def make_record(
         prompt=f"prompt of {clip_id}",
         arrays={**arrays, **changes},
         quality={"inlier_ratio": 0.9},
-        versions={"geometry": "test:1", "encoders": "made:0"},
+        versions={"geometry": "test:1", "vae": "made:0", "text": TEXT_VERSION},
     )
+
+
+def make_text(prompt: str, shape: tuple[int, int] = (3, 16)) -> np.ndarray:
+    """An embedding [L, D] of random numbers that depend on the prompt."""
+    return np.random.default_rng(zlib.crc32(prompt.encode())).normal(size=shape).astype(np.float16)
+
+
+def add_clip(writer: ShardWriter, record: ClipRecord, split: str = "train", source: str = "", **options: object) -> ClipRow:
+    """Add a clip with its prompt and the empty one."""
+    for prompt in ("", record.prompt):
+        writer.add_text(prompt, make_text(prompt, **options), TEXT_VERSION)  # type: ignore[arg-type]
+    return writer.add(record, split, source)
 
 
 def pack(path: Path, splits: dict[str, str], target_bytes: float = 256e6, **options: object) -> None:
     """Pack one clip per entry of clip id -> split."""
     with ShardWriter(path, target_bytes) as writer:
         for clip_id, split in splits.items():
-            writer.add(make_record(clip_id, **options), split)  # type: ignore[arg-type]
+            add_clip(writer, make_record(clip_id, **options), split)  # type: ignore[arg-type]

@@ -33,7 +33,6 @@ def made_scene(name: str, preset: Preset, frames: int = 5, height: int = 32, wid
         prompt="a plane",
         arrays={
             "latents": (rng.normal(size=(16, 1, 1, 1)) * coarse + 0.1 * rng.normal(size=(16, *coarse.shape))).astype(np.float16),
-            "text": rng.normal(size=(3, wan.text_dim)).astype(np.float16),
             "image": rng.normal(size=(wan.image_tokens, wan.image_dim)).astype(np.float16),
             "depth": depth.astype(np.float16),
             "confidence": np.full(depth.shape, 255, np.uint8),
@@ -41,7 +40,7 @@ def made_scene(name: str, preset: Preset, frames: int = 5, height: int = 32, wid
             "w2c": w2c,
         },
         quality={},
-        versions={"encoders": preset.encoders.weights.identity},
+        versions={"geometry": "truth:1", "depth": "truth:1", **preset.encoders.identities(wan.text_len)},
     )
 
 
@@ -49,7 +48,11 @@ def pack_scenes(
     path: Path, preset: Preset, train: int = 5, val: int = 2, frames: int = 5, height: int = 32, width: int = 48
 ) -> Path:
     """Pack a dataset; half of the training clips are portrait."""
+    wan, rng = preset.model.wan, np.random.default_rng(0)
     with ShardWriter(path) as writer:
+        for prompt in ("", "a plane"):
+            embedding = rng.normal(size=(3, wan.text_dim)).astype(np.float16)
+            writer.add_text(prompt, embedding, preset.encoders.identities(wan.text_len)["text"])
         for i in range(train):
             size = (width, height) if i % 2 else (height, width)
             writer.add(made_scene(f"train-{i}", preset, frames, *size), "train")

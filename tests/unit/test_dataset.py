@@ -16,7 +16,7 @@ from fw_model.data.manifest import DatasetError, MissingDatasetError
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.losses import make_targets
-from tests.unit.made_clips import make_record, pack
+from tests.unit.made_clips import add_clip, make_record, make_text, pack
 
 CLIPS = {"v4": "train", "v1": "train", "v2": "train", "v3": "val"}
 
@@ -57,7 +57,7 @@ def test_a_sample_holds_the_clips_numbers_as_float32(dataset: Path) -> None:
 def test_text_is_zero_padded(dataset: Path) -> None:
     text = ClipDataset(dataset, "train", 8)[0]["text"]
     assert text.shape == (8, 16)
-    np.testing.assert_array_equal(text[:3].numpy(), make_record("v1").arrays["text"].astype(np.float32))
+    np.testing.assert_array_equal(text[:3].numpy(), make_text("prompt of v1").astype(np.float32))
     assert (text[3:] == 0).all()
 
 
@@ -83,8 +83,8 @@ def test_a_batch_stacks_clips(dataset: Path) -> None:
 
 def test_clips_of_different_buckets_do_not_stack(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "d") as writer:
-        writer.add(make_record("a"), "train")
-        writer.add(make_record("b", size=(48, 32, 5)), "train")
+        add_clip(writer, make_record("a"), "train")
+        add_clip(writer, make_record("b", size=(48, 32, 5)), "train")
     clips = ClipDataset(tmp_path / "d", "train", 8)
     with pytest.raises(ValueError, match="clips a and b differ in latents"):
         collate([clips[0], clips[1]])
@@ -124,7 +124,7 @@ def test_a_damaged_clip_stops_with_shard_and_clip_named(tmp_path: Path) -> None:
 
 def test_quarantined_clips_are_not_trained_on(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "d") as writer:
-        writer.add(make_record("a"), "train")
+        add_clip(writer, make_record("a"), "train")
         writer.quarantine("b", "b.mp4", "static", split="train")
     assert len(ClipDataset(tmp_path / "d", "train", 8)) == 1
 
@@ -148,9 +148,9 @@ def test_text_longer_than_the_model_takes_is_refused(dataset: Path) -> None:
 
 
 def test_clips_of_other_encoders_are_refused(dataset: Path) -> None:
-    ClipDataset(dataset, "train", 8, versions={"encoders": "made:0"})
-    with pytest.raises(DatasetError, match="clip v1 was made by encoders 'made:0', but this run needs 'hub@1'"):
-        ClipDataset(dataset, "train", 8, versions={"encoders": "hub@1"})
+    ClipDataset(dataset, "train", 8, versions={"vae": "made:0"})
+    with pytest.raises(DatasetError, match="clip v1 was made by vae 'made:0', but this run needs 'hub@1'"):
+        ClipDataset(dataset, "train", 8, versions={"vae": "hub@1"})
 
 
 def test_an_unknown_split_is_refused(dataset: Path) -> None:
