@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fw_model.config import Preset, load_preset
+from fw_model.config import ClipConfig, Preset, load_preset
 from fw_model.data.manifest import ClipRow, read_manifest
 from fw_model.data.shard_reader import ShardReader
+from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.verify import verify
 from fw_model.encoders import Encoders
+from fw_pipeline.annotate.clips import clips_to_json, cut_clips, read_frames, video_key
+from fw_pipeline.annotate.video import decode
 from fw_pipeline.guide_layout.__main__ import main
 from fw_pipeline.guide_layout.check import check_sample
 from fw_pipeline.guide_layout.exporter import VideoSource, export_guide
@@ -22,6 +25,7 @@ from fw_pipeline.guide_layout.finish import windows
 from fw_pipeline.guide_layout.importer import BadSamplesError, ImportPlan, ImportResult, import_guide
 from fw_pipeline.guide_layout.metadata import Entry, GuideLayoutError, SampleError, read_metadata
 from fw_pipeline.store import Store
+from tests.unit.made_clips import add_clip, make_record, pack
 from tests.unit.made_guide import FRAMES, SIZE, MadeSample, write_layout
 
 
@@ -256,8 +260,6 @@ def test_a_sample_found_bad_late_leaves_the_dataset_as_it_was(tmp_path: Path, en
 
 
 def test_a_dataset_of_other_origin_is_not_replaced(tmp_path: Path, encoders: Encoders, preset: Preset) -> None:
-    from tests.unit.made_clips import pack
-
     pack(tmp_path / "dataset", {"v1": "train"})
     write_layout(tmp_path / "guide", MadeSample("a"))
     with pytest.raises(GuideLayoutError, match="not imported from a guide layout"):
@@ -394,6 +396,26 @@ def test_exported_files_are_plain_float32_in_the_annotators_units(
     own = np.einsum("ij,hwj->hwi", poses[5].reshape(3, 4)[:, :3], points) + poses[5].reshape(3, 4)[:, 3]
     assert np.allclose(own[depth > 0][:, 2], depth[depth > 0], rtol=1e-5)
     assert (tmp_path / "guide" / "videos" / "world.mp4").is_file()
+
+
+def test_pictures_of_the_pipelines_own_clips_are_cut_anew_from_their_videos(tmp_path: Path) -> None:
+    MadeSample("long", frames=16, fps=12).write(tmp_path / "made")
+    videos, store = tmp_path / "made" / "videos", Store(tmp_path / "data")
+    key = video_key("long.mp4")
+    config = ClipConfig(frames=5, fps=12, short_side=32, long_side=48, stride=5)
+    clips = cut_clips(videos / "long.mp4", videos, config, key)
+    assert len(clips) > 1
+    with store.writing("clips", key) as folder:
+        (folder / "clips.json").write_text(json.dumps(clips_to_json(clips)))
+    with ShardWriter(tmp_path / "dataset") as writer:
+        for clip in clips:
+            add_clip(writer, make_record(clip.clip_id, "long.mp4"))
+    export_guide(tmp_path / "dataset", tmp_path / "guide", VideoSource(videos, store))
+    for clip in clips:
+        wanted = read_frames(videos / "long.mp4", clip, 32, 48).astype(int)
+        found = np.stack([frame.rgb() for frame in decode(tmp_path / "guide" / "videos" / f"{clip.clip_id}.mp4")])
+        assert np.abs(found - wanted).mean() < 8
+        assert np.abs(found - np.roll(wanted, 1, 0)).mean() > 16  # another frame would not do
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, imported: tuple[Path, ImportResult]) -> None:
