@@ -92,7 +92,7 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
 
 def decode_video(data: bytes) -> np.ndarray:
     """All frames [T, H, W, 3] uint8 RGB of a video file's bytes, [0, 0, 0, 3] if it has none. Raises av.FFmpegError."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
