@@ -242,7 +242,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------------------ the full size
 
 
-def full_size_arithmetic(stage: Stage) -> dict[str, float]:
+def full_size_arithmetic(stage: Stage, frozen_too: bool) -> dict[str, float]:
     """FLOPs and bytes of one clip's step at the published size, ours and the plain way's, counted without any data.
 
     Bytes as a GPU holds them: base and encoders in bfloat16, new weights, their gradients and two moments in float32, and
@@ -254,7 +254,7 @@ def full_size_arithmetic(stage: Stage) -> dict[str, float]:
     encoder_flops, encoder_bytes = sum(part.flops for part in encoders), 2 * sum(part.parameters for part in encoders)
     own = trace_step(model, stage, clip)
     found = {"ours_tflops": own.total_flops, "ours_gib": own.weights + 3 * own.gradients + own.activations}
-    for name, frozen in (("plain", False), ("plain_frozen", True)):
+    for name, frozen in (("plain", False), ("plain_frozen", True))[: 1 + frozen_too]:
         trace = trace_step(model, stage, clip, change=lambda world, frozen=frozen: make_plain(world, stage, frozen))
         found[f"{name}_tflops"] = trace.total_flops + encoder_flops
         found[f"{name}_gib"] = trace.weights + trace.gradients + 2 * own.gradients + trace.activations + encoder_bytes
@@ -305,7 +305,7 @@ def measure(setting: Setting, steps: int, frozen_too: bool) -> tuple[Rows, dict[
     timings = {name: way(setting.for_steps(steps), "time") for name, way in tqdm(ways.items(), desc="timing", disable=None)}
     rows = {}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        arithmetic = {stage: pool.submit(full_size_arithmetic, stage) for stage in STAGES}
+        arithmetic = {stage: pool.submit(full_size_arithmetic, stage, frozen_too) for stage in STAGES}
         for name, way in ways.items():
             peak = peak_bytes(lambda way=way: way(setting.for_steps(2), "memory"), setting.device)
             seconds = timings[name].best("steps")
@@ -391,10 +391,9 @@ def print_ratios(ratios: dict[str, float], full: Rows) -> None:
     for stage, numbers in full.items():
         own = numbers["ours_tflops"]
         for name, key in (("plain", "speed_up"), ("plain_frozen", "speed_up_over_frozen")):
-            other = numbers[f"{name}_tflops"]
-            measured = f"{ratios[f'{stage}_{key}']:.2f}" if f"{stage}_{key}" in ratios else ""
-            what = f"{stage} {name.replace('_', ', ')} / ours, time"
-            print(f"{what:34}{measured:>10}{other / own:8.2f}  {other:.0f} / {own:.0f} TFLOPs")
+            if (other := numbers.get(f"{name}_tflops")) is not None:
+                what = f"{stage} {name.replace('_', ', ')} / ours, time"
+                print(f"{what:34}{ratios[f'{stage}_{key}']:10.2f}{other / own:8.2f}  {other:.0f} / {own:.0f} TFLOPs")
         own, other = numbers["ours_gib"], numbers["plain_gib"]
         what = f"{stage} ours / plain, memory"
         print(f"{what:34}{ratios[f'{stage}_memory']:10.2f}{own / other:8.2f}  {own:.1f} / {other:.1f} GiB")
