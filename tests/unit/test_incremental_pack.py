@@ -218,7 +218,7 @@ def test_a_pack_killed_in_the_middle_goes_on_with_what_it_had_finished(tmp_path:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".d.lock", "d"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("12"), min_size=1), min_size=2, max_size=4))
 def test_any_sequence_of_packs_holds_what_the_last_one_asked_for(
     tmp_path_factory: pytest.TempPathFactory, packs: list[dict[str, str]]

@@ -262,9 +262,8 @@ def test_dataset_of_other_encoders_is_refused_before_building_a_model(
     monkeypatch.setattr(training_run.FantasyWorld, "from_preset", no_model)
     with pytest.raises(DatasetError, match="'made:0 vae .*', but this run needs 'made:3 vae "):
         train.train(small_preset("encoders.weights.seed=3"), "stage1", dataset, tmp_path)
-    wider = small_preset("encoders.text_dim=48", "model.wan.text_dim=48")
-    with pytest.raises(TrainingError, match="text features of width 32"):
-        train.train(wider, "stage1", dataset, tmp_path)
+    with pytest.raises(TrainingError, match=r"image features \(17, 32\), the base .* takes 32 and \(9, 32\)"):
+        train.train(small_preset("model.wan.image_tokens=9"), "stage1", dataset, tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
