@@ -1,11 +1,11 @@
-# make demo | test | setup | dev | bench | lint      (VIDEOS=folder points the demo at one's own videos)
+# make demo | test | setup | dev | bench | full-size | overfit | lint      (VIDEOS=folder points the demo at one's own videos)
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENV := . ./env.sh &&
 
-.PHONY: demo test setup dev bench lint format free-slots clean
+.PHONY: demo test setup dev bench full-size overfit lint format free-slots clean
 
 setup: $(VENV)/.installed
 
@@ -33,8 +33,16 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The tiny preset learns one rendered clip by heart: proof that losses, targets and heads work here. A minute or two.
+overfit: setup
+	$(ENV) python -m fw_pipeline.overfit
+
 bench: setup
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --quick || exit 1; done
+
+# The real 1.3B configuration with made weights: an optimizer step of each stage in 20 GiB of ordinary memory.
+full-size: setup
+	$(ENV) python -m fw_model.full_size
 
 # A command-line run that was killed with SIGKILL keeps its pool slot; this frees the slots of runs that have ended.
 free-slots: setup

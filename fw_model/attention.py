@@ -80,7 +80,7 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
             weight = layer.weight
             # a transposed convolution of stride = kernel reads one input pixel per output pixel
             fan_in = weight.shape[0] if isinstance(layer, nn.ConvTranspose2d) else weight[0].numel()
-            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(fan_in))
+            weight.normal_(generator=generator).div_(math.sqrt(fan_in))
             if layer.bias is not None:
                 layer.bias.zero_()
         elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and layer.weight is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,10 +28,14 @@ class PoseFileError(ValueError):
 
 @dataclass(frozen=True)
 class Cameras:
-    """One camera per frame. w2c [T, 3, 4]; intrinsics [T, 3, 3] in pixels of the image they go with."""
+    """One camera per frame. w2c [T, 3, 4]; intrinsics [T, 3, 3] in pixels of the image they go with.
+
+    `size` is the (height, width) of that image; None: whatever image the caller has.
+    """
 
     w2c: Tensor
     intrinsics: Tensor
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         frames = self.w2c.shape[0] if self.w2c.ndim else 0
@@ -43,6 +47,19 @@ class Cameras:
 
     def __len__(self) -> int:
         return self.w2c.shape[0]
+
+    def resized(self, height: int, width: int) -> Cameras:
+        """The same cameras for images resized to cover height x width and cropped to it, by the base's aspect rule.
+
+        Cameras that do not know the size of their image are taken to be for this one already.
+        """
+        if self.size is None or self.size == (height, width):
+            return replace(self, size=(height, width))
+        own_height, own_width = self.size
+        fx, fy, cx, cy = _aspect_scale(height, width, own_height, own_width)
+        across, down = width / own_width, height / own_height
+        scale = _intrinsics(*self.intrinsics.new_tensor([fx * across, fy * down, cx * across, cy * down]))
+        return replace(self, intrinsics=self.intrinsics * scale, size=(height, width))
 
 
 # ---------------------------------------------------------------------------------------------------------- poses
@@ -183,8 +200,11 @@ def plucker(w2c: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
 
 
 def plucker_embedding(cameras: Cameras, height: int, width: int) -> Tensor:
-    """Plücker rays [T, 6, H, W] of one clip's cameras, relative to frame 0 (see `plucker`)."""
-    return plucker(cameras.w2c, cameras.intrinsics, height, width)
+    """Plücker rays [T, 6, H, W] of one clip's cameras, relative to frame 0 (see `plucker`).
+
+    Cameras of an image of another size are fitted to height x width first (see `Cameras.resized`).
+    """
+    return plucker(cameras.w2c, cameras.resized(height, width).intrinsics, height, width)
 
 
 def control_latents(w2c: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
@@ -206,8 +226,10 @@ def control_latents(w2c: Tensor, intrinsics: Tensor, height: int, width: int) ->
 # ----------------------------------------------------------------------------------------------------- pose files
 
 
-def read_pose_file(path: str | Path, height: int, width: int, source_height: int = 720, source_width: int = 1280) -> Cameras:
-    """Read a pose file into float32 cameras with intrinsics in pixels of a height x width image.
+def read_pose_file(
+    path: str | Path, height: int | None = None, width: int | None = None, source_height: int = 720, source_width: int = 1280
+) -> Cameras:
+    """Read a pose file into float32 cameras with intrinsics in pixels of a height x width image, the source's by default.
 
     An optional first line that is blank, a url or a `#` comment; then per frame 19 numbers `t fx fy cx cy 0 0` + w2c
     row-major with intrinsics normalised by the source's size, or 12 (w2c) or 16 (4 x 4) numbers, which get `DEFAULT_LENS`.
@@ -231,19 +253,29 @@ def read_pose_file(path: str | Path, height: int, width: int, source_height: int
         if count != counts[0]:
             raise PoseFileError(f"{path}:{i + 1 + header}: {count} numbers, but the rows before have {counts[0]}")
     lens = torch.tensor([lens for _, lens, _ in rows], dtype=torch.float64)
-    scale = torch.tensor(_aspect_scale(height, width, source_height, source_width), dtype=torch.float64)
-    fx, fy, cx, cy = (lens * scale * torch.tensor([width, height, width, height])).float().unbind(-1)
-    poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64).float()
-    return Cameras(w2c=poses.unflatten(-1, (3, 4)), intrinsics=_intrinsics(fx, fy, cx, cy))
+    poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64)
+    cameras = _with_lens(poses.float().unflatten(-1, (3, 4)), lens, source_height, source_width)
+    return cameras.resized(height or source_height, width or source_width)
 
 
 def write_pose_file(
-    path: str | Path, cameras: Cameras, height: int, width: int, source_height: int = 720, source_width: int = 1280
+    path: str | Path,
+    cameras: Cameras,
+    height: int | None = None,
+    width: int | None = None,
+    source_height: int = 720,
+    source_width: int = 1280,
 ) -> None:
     """Write `cameras` (pixels of height x width) as 19-number rows; `read_pose_file` with the same sizes gives them back.
 
-    The first column is the frame's index.
+    The size may be left out where the cameras know theirs. The first column is the frame's index.
+
+    Raises ValueError when neither says what size the intrinsics are for.
     """
+    if height is None or width is None:
+        if cameras.size is None:
+            raise ValueError(f"{path}: the cameras do not know the size of their image; give height and width")
+        height, width = cameras.size
     size = torch.tensor([width, height, width, height], dtype=torch.float64)
     scale = torch.tensor(_aspect_scale(height, width, source_height, source_width), dtype=torch.float64)
     k = cameras.intrinsics.detach().double().cpu()
@@ -253,6 +285,12 @@ def write_pose_file(
     for i, (row_lens, pose) in enumerate(zip(lens.tolist(), poses.tolist(), strict=True)):
         lines.append(" ".join([str(i), *(f"{x:.10g}" for x in row_lens), "0", "0", *(f"{x:.10g}" for x in pose)]))
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _with_lens(w2c: Tensor, lens: Tensor, height: int, width: int) -> Cameras:
+    """w2c [T, 3, 4], lens [T, 4] (fx, fy, cx, cy as shares of a height x width image) -> float32 cameras of that image."""
+    pixels = lens * lens.new_tensor([width, height, width, height])
+    return Cameras(w2c, _intrinsics(*pixels.float().unbind(-1)), size=(height, width))
 
 
 def _is_header(line: str) -> bool:
@@ -356,10 +394,8 @@ def make_trajectory(name: str, frames: int, height: int, width: int) -> Cameras:
         raise ValueError(f"no trajectory {name!r}; there are: {', '.join(TRAJECTORIES)}")
     if frames < 1:
         raise ValueError(f"a trajectory needs at least one frame, got {frames}")
-    scale = _aspect_scale(height, width, 720, 1280)
-    sizes = (width, height, width, height)
-    lens = torch.tensor([share * factor * size for share, factor, size in zip(DEFAULT_LENS, scale, sizes, strict=True)])
-    return Cameras(w2c=TRAJECTORIES[name](frames), intrinsics=_intrinsics(*lens).expand(frames, 3, 3).contiguous())
+    lens = torch.tensor(DEFAULT_LENS, dtype=torch.float64).expand(frames, -1)
+    return _with_lens(TRAJECTORIES[name](frames), lens, 720, 1280).resized(height, width)
 
 
 def _ramp(frames: int) -> Tensor:

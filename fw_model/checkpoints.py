@@ -1,8 +1,11 @@
 """What training leaves on disk: weights to use (`step-N.safetensors`) and state to go on from (`state/step-N/`).
 
 A checkpoint is one safetensors file: every weight that is not the base's, float32, under the model's own names, with what
-is needed to rebuild the model around it in the header. A state is a folder: the trained weights, AdamW's moments and a
-small JSON. Both are written under a temporary name, flushed and renamed, so what has a final name is whole.
+is needed to rebuild the model around it in the header. `step-N.ema.safetensors` is the same of their moving average. A state
+is a folder: the trained weights, the optimizer's moments, the moving average if there is one, and a small JSON. Tensors are
+stored whole whatever they are sharded over, so any number of processes reads what any other number wrote. All is written under
+a temporary name, flushed and renamed, so what has a final name is whole. (Not torch.distributed.checkpoint's folders: their
+index is a pickle.)
 """
 
 from __future__ import annotations
@@ -11,21 +14,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fw_model.config import ConfigError, Preset, Stage, parse_preset
+from fw_model.sharding import laid_out_as
 
 FORMAT = "fantasyworld-checkpoint"
 FORMAT_VERSION = 1
 
-_STEP_FILE = re.compile(r"step-(\d+)\.safetensors")
+_STEP_FILE = re.compile(r"step-(\d+)(\.ema)?\.safetensors")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -50,12 +55,14 @@ class CheckpointMetadata:
     preset: Preset  # the whole of it, so that the file alone is enough to rebuild the model
     base: str  # identity of the frozen base the weights belong to
     dataset_digest: str
-    config_digest: str  # of everything that decides the weights; see `fw_model.train.config_digest`
+    config_digest: str  # of everything that decides the weights; see `fw_model.run_folder.RunIdentity`
+    base_hash: str = ""  # of the base's weights; "" in files of before it was stored
+    weights: Literal["trained", "ema"] = "trained"  # as the last step left them, or their moving average
 
     @property
     def identity(self) -> str:
         """Names these weights in what is derived from them."""
-        return f"{self.stage}:{self.config_digest}:{self.dataset_digest}:{self.step}"
+        return f"{self.stage}:{self.config_digest}:{self.dataset_digest}:{self.step}{':ema' * (self.weights == 'ema')}"
 
 
 def checkpoint_parameters(model: StagedModel, stage: Stage) -> dict[str, torch.nn.Parameter]:
@@ -71,9 +78,10 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: C
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _save_tensors(temporary, {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}, header)
-        temporary.replace(path)
-        _fsync(path.parent)
+        with _explained(path):
+            _save_tensors(temporary, {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}, header)
+            temporary.replace(path)
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,6 +116,8 @@ def read_metadata(path: Path) -> CheckpointMetadata:
         base=header["base"],
         dataset_digest=header["dataset_digest"],
         config_digest=header["config_digest"],
+        base_hash=header.get("base_hash", ""),
+        weights="ema" if header.get("weights") == "ema" else "trained",
     )
 
 
@@ -143,8 +153,8 @@ def load_checkpoint(path: Path, model: StagedModel, expected_stage: Stage, prese
     return metadata
 
 
-def copy_weights(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter], where: str) -> None:
-    """Fill parameters from tensors of the same names and shapes, or raise CheckpointError listing all that differ."""
+def copy_weights(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], where: str) -> None:
+    """Fill parameters from whole tensors of the same names and shapes, or raise CheckpointError listing all that differ."""
     missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     shapes = [
         f"{k} {tuple(tensors[k].shape)} for {tuple(p.shape)}"
@@ -159,11 +169,11 @@ def copy_weights(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, t
         raise CheckpointError(f"{where}: does not fit the model\n" + "\n".join(lines))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(laid_out_as(tensors[name], parameter))
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The `step-N.safetensors` with the highest N, or None."""
+    """The `step-N.safetensors` with the highest N, its moving average where there is one, or None."""
     return _latest(directory, _STEP_FILE)
 
 
@@ -172,38 +182,59 @@ def latest_state(directory: Path) -> Path | None:
     return _latest(directory, _STEP_FOLDER)
 
 
-def save_state(
-    directory: Path,
-    step: int,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `directory/step-N` (weights, AdamW moments, `progress` as JSON) and prune all but the newest `keep`.
+def save_state(directory: Path, step: int, files: Mapping[str, Mapping[str, torch.Tensor]], progress: Any, keep: int) -> Path:
+    """Write `directory/step-N` and prune all but the newest `keep`.
 
     The learning rate and every random draw are functions of the step, so neither a scheduler nor a generator is stored.
+
+    Args:
+        directory: an output's `state`; the caller is the only one writing there.
+        step: N.
+        files: name -> tensors, all whole and in ordinary memory; each becomes `name.safetensors`.
+        progress: what else there is, as JSON.
+        keep: at least 1.
+
+    Raises:
+        CheckpointError: it could not be written, a full disk for instance; the states before it are as they were.
     """
     final = directory / f"step-{step}"
     temporary = directory / f".step-{step}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    _remove(temporary)
     try:
-        _save_tensors(temporary / "weights.safetensors", {k: p.detach().to("cpu", torch.float32) for k, p in parameters.items()})
-        moments = {f"{k}/{name}": v.cpu() for k, p in parameters.items() for name, v in optimizer.state[p].items()}
-        _save_tensors(temporary / "optimizer.safetensors", moments)
-        write_json(temporary / "progress.json", {"format_version": FORMAT_VERSION, "step": step, **progress})
-        _fsync(temporary)
-        if final.exists():  # the same step again, after a run that was stopped at it
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _fsync(directory)
+        with _explained(final):
+            temporary.mkdir(parents=True)
+            for name, tensors in files.items():
+                _save_tensors(temporary / f"{name}.safetensors", dict(tensors))
+            write_json(temporary / "progress.json", {"format_version": FORMAT_VERSION, "step": step, **progress})
+            _fsync(temporary)
+            _remove(final)  # the same step again, after a run that was stopped at it
+            temporary.rename(final)
+            _fsync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     states = sorted((s for s in directory.iterdir() if _STEP_FOLDER.fullmatch(s.name)), key=_step_of)
     for old in states[: max(0, len(states) - keep)]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(state: Path) -> None:
+    """Remove a state folder; a kill half-way leaves a temporary name behind, never half a state under its own."""
+    if state.exists():
+        doomed = state.with_name(f".{state.name.strip('.')}.removed.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        state.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error}). What was saved before it is whole: make room and run the same command again"
+        ) from error
 
 
 def remove_leftovers(output: Path) -> None:
@@ -229,27 +260,15 @@ def read_progress(state: Path) -> dict[str, Any]:
     return progress
 
 
-def load_state(state: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and AdamW moments back exactly as `save_state` found them.
+def load_tensors(state: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a state's `name.safetensors`, mapped from the file: memory is only taken by what is read of them.
 
-    Raises CheckpointError: a damaged file, or one that does not fit the model.
+    Raises CheckpointError: missing or damaged.
     """
     try:
-        weights, moments = load_file(state / "weights.safetensors"), load_file(state / "optimizer.safetensors")
+        return load_file(state / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{state}: damaged ({error}); delete the folder to go on from the state before it") from error
-    copy_weights(weights, parameters, str(state))
-    entries: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        name, _, field = key.rpartition("/")
-        entries.setdefault(name, {})[field] = value
-    if unknown := sorted(entries.keys() - parameters.keys()):
-        raise CheckpointError(f"{state}: optimizer moments of unknown weights: {', '.join(unknown[:8])}")
-    optimizer.state.clear()
-    for name, entry in entries.items():
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-        optimizer.state[parameter] = {f: v if f == "step" else v.to(parameter.device) for f, v in entry.items()}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -277,11 +296,11 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:
     found = [p for p in directory.iterdir() if pattern.fullmatch(p.name)] if directory.is_dir() else []
-    return max(found, key=_step_of, default=None)
+    return max(found, key=lambda path: (_step_of(path), ".ema" in path.name), default=None)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+    return int(path.name.removeprefix("step-").partition(".")[0])
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

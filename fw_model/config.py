@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +168,11 @@ class EncodersConfig(Config):
 
 
 class ClipConfig(Config):
-    """What a clip is: T = 4k+1 frames at a fixed rate, in a landscape or a portrait bucket."""
+    """What a clip is: T = 4k+1 frames at a fixed rate, in a landscape or a portrait bucket.
+
+    In a file or override `size: 288x512` stands for both sides. A dataset is made at one clip size and trained at it; see
+    `fw_model.training_run.open_dataset`.
+    """
 
     frames: int = 81
     fps: float = 16.0
@@ -181,6 +186,11 @@ class ClipConfig(Config):
         if height > width:
             return self.long_side, self.short_side, self.frames
         return self.short_side, self.long_side, self.frames
+
+    @property
+    def buckets(self) -> tuple[str, str]:
+        """The two buckets "HxWxT" a dataset of this configuration may have: landscape and portrait."""
+        return tuple("x".join(map(str, self.bucket(*sides))) for sides in ((1, 2), (2, 1)))  # type: ignore[return-value]
 
     @model_validator(mode="after")
     def _check(self) -> ClipConfig:
@@ -207,11 +217,14 @@ class StageConfig(Config):
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)  # clips per step: batch_per_device x accumulation x processes; accumulation is computed
     batch_per_device: int = Field(1, ge=1)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes, 2 bytes of moments a weight, CUDA only
+    offload_optimizer: bool = False  # AdamW's moments in ordinary memory, streamed to the GPU at each step: the same numbers
     learning_rate: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)  # of matrices; biases, norms, gates and tokens are not decayed
     warmup_steps: int = Field(0, ge=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average; else it is validated and saved beside the weights
     save_every: int = Field(1000, ge=1)
     keep_states: int = Field(2, ge=1)
     validate_every: int = Field(1000, ge=1)
@@ -221,13 +234,30 @@ class StageConfig(Config):
     workers: int = Field(2, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are kept in float32
     gradient_checkpointing: bool = True
+    compile: bool = False  # torch.compile of every base and GeoDiT block
+    sharding: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients and moments are shared out over the processes
     text_dropout: float = Field(0.1, ge=0, le=1)  # chance that a clip is trained on with the empty prompt in place of its own
     pose_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip's pose tokens reach the geometry branch
     lambda_geometry: float = Field(1.0, ge=0)  # weight of L_geo beside L_diff in stage 2
     camera_weight: float = Field(3.0, ge=0)
     train_geometry: bool = True  # stage 2 only: false trains the adapters and cross-attention alone, as the paper
     max_skipped: int = Field(10, ge=0)  # steps with a non-finite loss or gradient that are passed over before the run stops
-    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    spike_factor: float = Field(4.0, gt=1)  # a loss this many times the median of the last 100 steps is reported
+    stall_seconds: float = Field(300, gt=0)  # without a batch for so long the run stops and names the clips it waits for
+    collective_timeout: float = Field(600, gt=0)  # seconds one process waits for another; longer than a state takes to write
+    trackers: tuple[str, ...] = ("tensorboard",)  # any that accelerate knows and is installed: wandb, mlflow, ...
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.optimizer == "adamw8bit" and self.offload_optimizer:
+            raise ValueError("offload_optimizer keeps AdamW's moments in ordinary memory, adamw8bit makes them small: choose one")
+        if self.sharding == "fsdp" and (self.optimizer == "adamw8bit" or self.offload_optimizer):
+            raise ValueError("sharding: fsdp shares out the moments already; it goes with optimizer: adamw, not offloaded")
+        if self.stall_seconds >= self.collective_timeout:  # else the others give up before the one that waits says for what
+            raise ValueError(
+                f"stall_seconds {self.stall_seconds:g} must be less than collective_timeout {self.collective_timeout:g}"
+            )
+        return self
 
 
 class Preset(Config):
@@ -264,13 +294,15 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
-def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset:
-    """Read a preset by name or a YAML file by path, apply `a.b=value` overrides, validate.
+def load_preset(name_or_path: str, overrides: list[str] | None = None, config: Path | None = None) -> Preset:
+    """Read a preset by name or a YAML file by path, merge the file `config` over it, apply `a.b=value` overrides, validate.
 
     A file may name a preset to start from under the key `preset`; its other keys are merged over it.
     Raises ConfigError for a missing preset, an unknown key or a value that does not fit.
     """
     raw = _read_yaml(name_or_path)
+    if config is not None:
+        raw = _merge(raw, _read_yaml(str(config)))
     for item in overrides or []:
         key, sep, value = item.partition("=")
         if not sep or not key:
@@ -286,7 +318,8 @@ def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset
             if not isinstance(node, dict):
                 raise ConfigError(f"override {item!r}: {parent!r} is a value, not a section")
         node[leaf] = parsed
-    return parse_preset(raw, where=name_or_path)
+        _expand_size(raw, where=f"override {item!r}")
+    return parse_preset(raw, where=name_or_path if config is None else f"{name_or_path} with {config}")
 
 
 def parse_preset(raw: dict[str, Any], where: str = "preset") -> Preset:
@@ -308,8 +341,21 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
+    _expand_size(raw, where=str(path))
     parent = raw.pop("preset", None)
     return raw if parent is None else _merge(_read_yaml(str(parent)), raw)
+
+
+def _expand_size(raw: dict[str, Any], where: str) -> None:
+    """Put the two sides in the place of `clip.size`, layer by layer, so that of several settings the last one counts."""
+    clip = raw.get("clip")
+    if not isinstance(clip, dict) or "size" not in clip:
+        return
+    size = clip.pop("size")
+    match = re.fullmatch(r"(\d+)x(\d+)", str(size))
+    if match is None:
+        raise ConfigError(f"{where}: clip.size must be two sides in pixels like 288x512, got {size!r}")
+    clip["short_side"], clip["long_side"] = sorted(map(int, match.groups()))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

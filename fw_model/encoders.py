@@ -34,7 +34,7 @@ class Encoders:
     image: Any
     image_size: int
     text_len: int
-    identity: str
+    identities: dict[str, str]  # who makes the features, as `EncodersConfig.identities` says it
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's published statistics
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,7 +53,7 @@ class Encoders:
         parts = _make(config) if config.weights.source == "made" else _load(config, getattr(torch, config.dtype))
         for module in (parts["vae"], parts["text"], parts["image"]):
             module.to(device).eval().requires_grad_(False)
-        return cls(**parts, text_len=text_len, identity=f"{config.weights.identity}:{config.dtype}")
+        return cls(**parts, text_len=text_len, identities=config.identities(text_len))
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> np.ndarray:

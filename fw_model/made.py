@@ -30,11 +30,14 @@ def fill_made_weights(target: nn.Module | Mapping[str, Tensor], seed: int, key_m
             continue
         key = (key_map or {}).get(own_key, own_key)
         generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) & 0x7FFFFFFF)
-        x = torch.randn(tensor.shape, generator=generator)
+        # In place where that gives the same bits: at full size the copies would take longer than the numbers.
+        in_place = tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        x = (tensor if in_place else torch.empty(tensor.shape)).normal_(generator=generator)
         if tensor.ndim >= 2:
-            x = 0.8 * x / math.sqrt(tensor[0].numel())
-        elif key.endswith("weight"):
-            x = 1 + 0.1 * x
+            x.mul_(0.8).div_(math.sqrt(tensor[0].numel()))
         else:
-            x = 0.1 * x
-        tensor.copy_(x)
+            x.mul_(0.1)
+            if key.endswith("weight"):
+                x.add_(1)
+        if not in_place:
+            tensor.copy_(x)

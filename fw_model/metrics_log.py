@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from fw_model.checkpoints import write_bytes
@@ -31,6 +32,14 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
         for listener in self.listeners:
             listener(line)
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """Numbers as a log line; what is left of the run as hours, minutes and seconds."""
+    words = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items() if name != "eta_seconds"]
+    if "eta_seconds" in values:
+        words.append(f"eta {timedelta(seconds=round(values['eta_seconds']))}")
+    return " ".join(words)
 
 
 class RunningMean:

@@ -2,7 +2,7 @@
 
 run.json                what decides the weights: stage, config, dataset, stage 1 checkpoint
 metrics.jsonl           see fw_model.metrics_log
-step-N.safetensors      see fw_model.checkpoints
+step-N.safetensors      see fw_model.checkpoints; step-N.ema.safetensors beside it when there is a moving average
 state/step-N/           the same
 result.json             written last: the run is complete
 """
@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from fw_model.checkpoints import CheckpointError, CheckpointMetadata, check_usable, latest_state, read_metadata, write_json
-from fw_model.config import Preset, Stage
+from fw_model.config import Preset, Stage, WeightsConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,15 @@ OPERATIONAL = {
     "max_skipped",
     "trackers",
     "gradient_checkpointing",
+    "offload_optimizer",
+    "compile",
+    "sharding",
+    "spike_factor",
+    "stall_seconds",
+    "collective_timeout",
 }
 BUILD_DATASET = "python -m fw_pipeline.launch build_dataset"
+_BLOCK = 2**24  # bytes read at a time
 TRAIN_STAGE1 = "dagster job execute -j stage1_training"
 
 
@@ -52,7 +61,7 @@ class TrainResult:
 
     stage: Stage
     steps: int
-    checkpoint: str  # file name in the output folder
+    checkpoint: str  # file name in the output folder, of the weights to use: the moving average where there is one
     validation: dict[str, dict[str, float]]  # "before" and "after" training: loss name -> value
     validation_split: str  # "val", or "train" for a dataset without validation clips
     seconds: float  # of training and validation, earlier parts of an interrupted run included
@@ -89,6 +98,34 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
         "stage1_checkpoint": stage1.identity if stage1 else None,
     }
     return RunIdentity(stage, _flat(sections), dataset_digest)
+
+
+def base_hash(base: WeightsConfig) -> str:
+    """Hash of the base's weight files, in order of their names; of the recipe where the weights are made.
+
+    Raises BaseModelError: not there, says what to download.
+    """
+    digest = xxhash.xxh3_128()
+    if base.source == "made":
+        digest.update(base.identity.encode())
+        return digest.hexdigest()
+    from fw_model.wan_weights import find_weight_files  # diffusers with it; who only wants to know the digests needs it not
+
+    for path in find_weight_files(base.repo, base.revision):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_base_hash(path: Path, metadata: CheckpointMetadata, found: str) -> None:
+    """Raise TrainingError if a stage 1 checkpoint was trained on other weights of the same name."""
+    if metadata.base_hash and metadata.base_hash != found:
+        raise TrainingError(
+            f"{path}: trained on weights of {metadata.base!r} with hash {metadata.base_hash}, the files of that name now have "
+            f"{found}. Put the old files back (base.repo, base.revision), or train stage 1 on these: {TRAIN_STAGE1}"
+        )
 
 
 def check_stage1_checkpoint(path: Path | None, preset: Preset) -> CheckpointMetadata:

@@ -121,7 +121,9 @@ def trace_step(
     *,
     checkpointing: bool = True,
     bfloat16: bool = True,
+    autocast: bool = True,
     train_geometry: bool = True,
+    change: Callable[[FantasyWorld], object] | None = None,
 ) -> StepTrace:
     """Trace one step of a stage for a batch of clips of one size.
 
@@ -130,8 +132,10 @@ def trace_step(
         stage: what runs and trains.
         size: the batch.
         checkpointing: recompute activations block by block.
-        bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
+        bfloat16: the base is stored in bfloat16; otherwise all is float32.
+        autocast: with a bfloat16 base, what trains computes in bfloat16 too, as in training.
         train_geometry: as for `FantasyWorld.set_stage`.
+        change: called with the model before the step, to trace something other than what training does.
 
     Raises:
         ValueError: a clip size that does not fit; names the nearest that do.
@@ -143,13 +147,15 @@ def trace_step(
         if bfloat16:
             store_in_bfloat16(world.base)
         world.set_stage(stage, train_geometry).enable_gradient_checkpointing(checkpointing)
+        if change is not None:
+            change(world)
         parameters = list(world.parameters())
         weights = _bytes(parameters)
         with _Meter() as meter:
             for parameter in parameters:
                 meter.add(parameter)
             inputs, targets = step_inputs(config.wan, size)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and autocast):
                 output = world(**inputs)
             loss = geometry_loss(geometry_losses(output, targets))
             if output.velocity is not None:
@@ -166,6 +172,13 @@ def trace_step(
             total_flops=meter.flops,
             seconds=time.perf_counter() - started,
         )
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of everything `run` does; on tensors without data inside FakeTensorMode, nothing is computed."""
+    with _Meter() as meter:
+        run()
+    return meter.flops
 
 
 def measured_peak(run: Callable[[], object]) -> int:

@@ -1,7 +1,10 @@
 """The training loop of both stages.
 
-    accelerate launch -m fw_model.train --preset tiny --stage stage1 --dataset DIR --output DIR [key=value ...]
-    accelerate launch -m fw_model.train --preset tiny --stage stage2 --stage1-checkpoint FILE --dataset DIR --output DIR
+    accelerate launch -m fw_model.train --preset tiny --stage stage1 [--config my.yaml] [key=value ...]
+    accelerate launch -m fw_model.train --preset tiny --stage stage2 [--config my.yaml] [key=value ...]
+
+By default it trains on data/dataset into outputs/fantasy_world_stage1 (or 2), and stage 2 starts from the last checkpoint there;
+--dataset, --output and --stage1-checkpoint say otherwise.
 
 Run the same command again to go on: an interrupted run continues from its last state exactly as if it had never stopped, a
 complete one returns at once. SIGTERM and SIGINT finish the step, save the state and end with exit code 75 (which
@@ -21,19 +24,23 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fw_model.checkpoints import CheckpointError, CheckpointMetadata, checkpoint_parameters, save_checkpoint, save_state
+from fw_model.checkpoints import CheckpointError, CheckpointMetadata, latest_checkpoint, save_checkpoint, save_state
 from fw_model.config import ConfigError, Preset, Stage, load_preset
 from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.data.schema import Batch
-from fw_model.metrics_log import OnMetrics
+from fw_model.guards import pass_over, report_spike
+from fw_model.metrics_log import OnMetrics, in_words
 from fw_model.objective import LOSS_NAMES, autocast, compute_losses, drop_text, predict, training_draws
+from fw_model.optimizers import learning_rate, moments
 from fw_model.run_folder import (
     TrainingError,
     TrainResult,
@@ -43,7 +50,8 @@ from fw_model.run_folder import (
     run_identity,
     write_result,
 )
-from fw_model.training_run import Run, build_run, learning_rate, make_accelerator
+from fw_model.sharding import whole_on_main
+from fw_model.training_run import Run, build_run, make_accelerator
 from fw_model.validation import validate
 from fw_model.wan_weights import BaseModelError
 
@@ -90,9 +98,18 @@ def train(
     accelerator = make_accelerator(preset.stage(stage), output)
     with locked(output) if accelerator.is_main_process else nullcontext(), _stop_signals() as stop:
         run = build_run(preset, stage, identity, dataset, output, stage1_checkpoint, accelerator, on_metrics)
-        complete = fit(run, stop)
+        try:
+            complete = fit(run, stop)
+        except RuntimeError as error:
+            if explained := run.batches.worker_died(error):
+                raise explained from error
+            raise
+        finally:
+            run.batches.close()
         result = _finish(run) if complete else None
-        accelerator.end_training()
+        accelerator.wait_for_everyone()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     if result is None:
         raise Interrupted(f"stopped after step {run.progress.step}, state saved; run the same command again to go on")
     return result
@@ -110,7 +127,7 @@ def fit(run: Run, stop: threading.Event) -> bool:
             stopping = _step(run, stop)
             seconds = time.perf_counter() - started
             progress.seconds += seconds
-            progress.window.add({"seconds": seconds})
+            progress.window.add({"seconds": seconds, "data_seconds": run.batches.take_wait()})
             bar.update()
             last = progress.step == config.steps
             if progress.step % config.log_every == 0 or last:
@@ -132,12 +149,10 @@ def _step(run: Run, stop: threading.Event) -> bool:
     accelerator, config, progress = run.accelerator, run.config, run.progress
     progress.step += 1
     names = LOSS_NAMES[run.stage]
-    sums = torch.zeros(len(names), device=accelerator.device)
-    clip_ids: list[str] = []
+    parts: list[tuple[list[str], Tensor]] = []  # of each micro-batch: its clips, its losses [len(names)]
     tokens, accumulation = 0, run.sampler.accumulation
     for micro in range(accumulation):
         batch = next(run.batches)
-        clip_ids += batch.clip_ids
         tokens += video_tokens(batch)
         place = (micro * accelerator.num_processes + accelerator.process_index) * config.batch_per_device
         draws = training_draws(batch, config, progress.step, place).to(accelerator.device)
@@ -147,23 +162,37 @@ def _step(run: Run, stop: threading.Event) -> bool:
                 output = predict(run.wrapped, batch, draws)
             losses = compute_losses(output, batch, draws, run.stage, config)
             accelerator.backward(losses["total"] / accumulation)
-        sums += torch.stack([losses[name].detach() for name in names]) / accumulation
+        parts.append((batch.clip_ids, torch.stack([losses[name].detach() for name in names])))
     run.sampler.advance()
-    norm = float(torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm))
-    # One exchange a step: the losses, and whether anyone was told to stop.
-    shared = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(_must_stop(stop))])]), "sum").tolist()
-    means = {f"loss/{name}": value / accelerator.num_processes for name, value in zip(names, shared, strict=False)}
+    norm = _clip_gradients(run)
+    # One exchange a step, so that all processes decide alike: the losses, whose gradient is not finite, who was told to stop.
+    sums = torch.stack([part for _, part in parts]).mean(dim=0)
+    flags = sums.new_tensor([float(not norm.isfinite()), float(_must_stop(stop))])
+    *shared, not_finite, stopping = accelerator.reduce(torch.cat([sums, flags]), "sum").tolist()
+    means = {f"loss/{name}": value / accelerator.num_processes for name, value in zip(names, shared, strict=True)}
     rate = learning_rate(config, progress.step)
-    if math.isfinite(sum(means.values())) and math.isfinite(norm):
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        progress.window.add({**means, "lr": rate, "grad_norm": norm})
-    run.optimizer.zero_grad(set_to_none=True)
     progress.window.add({"tokens_per_second": tokens * accelerator.num_processes})
-    if not (math.isfinite(sum(means.values())) and math.isfinite(norm)):
-        _skip(run, clip_ids, means, norm)
-    return shared[-1] > 0
+    if not_finite or not all(map(math.isfinite, means.values())):
+        run.optimizer.zero_grad(set_to_none=True)
+        if too_many := pass_over(run, parts, means, float(norm)):
+            _save_state(run)
+            raise too_many
+        return stopping > 0
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.average is not None:
+        run.average.update()
+    progress.window.add({**means, "lr": rate, "grad_norm": float(norm)})
+    report_spike(run, parts, means["loss/total"])
+    return stopping > 0
+
+
+def _clip_gradients(run: Run) -> Tensor:
+    """Scale the gradients down to `max_grad_norm`; their norm before, over all processes that share them."""
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def video_tokens(batch: Batch) -> int:
@@ -172,30 +201,15 @@ def video_tokens(batch: Batch) -> int:
     return clips * frames * (height // 2) * (width // 2)
 
 
-def _skip(run: Run, clip_ids: list[str], means: dict[str, float], norm: float) -> None:
-    """Pass over a step whose loss or gradient is not finite; stop when there have been too many."""
-    progress, config = run.progress, run.config
-    progress.skipped += 1
-    what = (
-        f"step {progress.step}: loss or gradient is not finite ({_words(means)}, gradient norm {norm:.4g}); "
-        f"clips: {', '.join(gather_object(clip_ids))}"
-    )
-    log.warning("%s; passed over (%d of at most %d)", what, progress.skipped, config.max_skipped)
-    if progress.skipped > config.max_skipped:
-        _save_state(run)
-        raise TrainingError(
-            f"{what}\nThat is more than max_skipped={config.max_skipped} such steps. The state is saved. Look at these clips, "
-            f"start anew with a lower {run.stage}.learning_rate, or go on with a higher {run.stage}.max_skipped"
-        )
-
-
 def _validate(run: Run) -> dict[str, float]:
+    """Losses on the validation clips, of the moving average where there is one: it is what will be used."""
     started = time.perf_counter()
-    values = validate(run.model, run.validation_clips, run.stage, run.config, run.accelerator)
+    with run.average.in_place() if run.average is not None else nullcontext():
+        values = validate(run.model, run.validation_clips, run.stage, run.config, run.accelerator)
     run.progress.seconds += time.perf_counter() - started
     if run.log is not None:
         run.log.write(run.progress.step, {f"val/{name}": value for name, value in values.items()})
-        log.info("step %d validation: %s", run.progress.step, _words(values))
+        log.info("step %d validation: %s", run.progress.step, in_words(values))
     return values
 
 
@@ -203,16 +217,13 @@ def _log_window(run: Run, bar: tqdm) -> None:
     values = run.progress.window.take()
     values["tokens_per_second"] /= values["seconds"]
     values["memory_gib"] = _memory_gib(run.accelerator.device)
+    values["eta_seconds"] = values["seconds"] * (run.config.steps - run.progress.step)
     if run.log is None:
         return
     run.log.write(run.progress.step, values)
     bar.set_postfix(loss=f"{values.get('loss/total', math.nan):.4g}")
     if bar.disable:
-        log.info("step %d/%d: %s", run.progress.step, run.config.steps, _words(values))
-
-
-def _words(values: dict[str, float]) -> str:
-    return " ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items())
+        log.info("step %d/%d: %s", run.progress.step, run.config.steps, in_words(values))
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -224,34 +235,49 @@ def _memory_gib(device: torch.device) -> float:
 
 def _save_checkpoint(run: Run) -> None:
     """Write all that the stage can train, also where `train_geometry: false` left some of it as stage 1 made it."""
-    if run.accelerator.is_main_process:
-        metadata = CheckpointMetadata(
-            stage=run.stage,
-            step=run.progress.step,
-            preset=run.preset,
-            base=run.preset.base.identity,
-            dataset_digest=run.identity.dataset_digest,
-            config_digest=run.identity.config_digest,
-        )
-        save_checkpoint(run.checkpoint, checkpoint_parameters(run.model, run.stage), metadata)
-        run.model.set_stage(run.stage, run.config.train_geometry)
+    main = run.accelerator.is_main_process
+    metadata = CheckpointMetadata(
+        stage=run.stage,
+        step=run.progress.step,
+        preset=run.preset,
+        base=run.preset.base.identity,
+        dataset_digest=run.identity.dataset_digest,
+        config_digest=run.identity.config_digest,
+        base_hash=run.base_hash,
+    )
+    tensors = whole_on_main(run.stored, main)
+    if main:
+        save_checkpoint(run.checkpoint, tensors, metadata)
+    del tensors
+    if run.average is not None:
+        tensors = whole_on_main(run.average.average, main)
+        if main:
+            save_checkpoint(run.averaged_checkpoint, tensors, replace(metadata, weights="ema"))
     run.accelerator.wait_for_everyone()
 
 
 def _save_state(run: Run) -> None:
-    if run.accelerator.is_main_process:
+    main = run.accelerator.is_main_process
+    files = {
+        "weights": whole_on_main(run.parameters, main),
+        "optimizer": whole_on_main(moments(run.parameters, run.optimizer), main),
+    }
+    if run.average is not None:
+        files["ema"] = whole_on_main(run.average.average, main)
+    if main:
         saved = {"progress": run.progress.to_json(), "sampler": run.sampler.state_dict()}
-        save_state(run.output / "state", run.progress.step, run.parameters, run.optimizer, saved, run.config.keep_states)
+        save_state(run.output / "state", run.progress.step, files, saved, run.config.keep_states)
     run.accelerator.wait_for_everyone()
 
 
 def _finish(run: Run) -> TrainResult:
-    if not run.checkpoint.is_file():  # removed by someone after the last step
+    used = run.checkpoint if run.average is None else run.averaged_checkpoint
+    if not used.is_file():  # removed by someone after the last step
         _save_checkpoint(run)
     result = TrainResult(
         stage=run.stage,
         steps=run.progress.step,
-        checkpoint=run.checkpoint.name,
+        checkpoint=used.name,
         validation={"before": run.progress.before, "after": run.progress.after},
         validation_split=run.validation_clips.split,
         seconds=round(run.progress.seconds, 3),
@@ -260,7 +286,7 @@ def _finish(run: Run) -> TrainResult:
     )
     if run.accelerator.is_main_process:
         write_result(run.output, result)
-        log.info("complete: %s", run.checkpoint)
+        log.info("complete: %s", used)
     return result
 
 
@@ -302,6 +328,11 @@ def _stop_signals() -> Iterator[threading.Event]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+def default_output(stage: Stage) -> Path:
+    """Where a stage goes, and where stage 2 looks for stage 1, unless told otherwise."""
+    return Path("outputs") / f"fantasy_world_{stage}"
+
+
 def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None) -> int:
     """Command line; returns the exit code: 0 complete, 1 an error that is explained on stderr, 75 interrupted and saved."""
     parser = argparse.ArgumentParser(
@@ -309,23 +340,49 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     )
     parser.add_argument("--preset", required=True, help="name of a preset, or a YAML file")
     parser.add_argument("--stage", required=True, choices=("stage1", "stage2"))
-    parser.add_argument("--dataset", required=True, help="folder with manifest.parquet, or its URL (s3://, gs://)")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints, state and metrics")
-    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts from this step-N.safetensors")
+    parser.add_argument("--config", type=Path, help="a YAML file with what differs from the preset")
+    parser.add_argument(
+        "--dataset", default="data/dataset", help="folder with manifest.parquet, or its URL: s3://, gs://, ... (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="folder for checkpoints, state and metrics (outputs/fantasy_world_STAGE)")
+    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the last in outputs/fantasy_world_stage1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")
     args = parser.parse_intermixed_args(argv)
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(asctime)s %(message)s")
+    code = 0
     try:
-        preset = load_preset(args.preset, args.overrides)
-        train(preset, args.stage, args.dataset, args.output, args.stage1_checkpoint, on_metrics)
+        preset = load_preset(args.preset, args.overrides, args.config)
+        stage1 = args.stage1_checkpoint
+        if args.stage == "stage2" and stage1 is None:
+            stage1 = latest_checkpoint(default_output("stage1"))
+        train(preset, args.stage, args.dataset, args.output or default_output(args.stage), stage1, on_metrics)
     except Interrupted as stopped:
         log.warning("%s", stopped)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except (TrainingError, CheckpointError, ConfigError, DatasetError, BaseModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and (reason := lost_process(error)):
+            print(
+                f"error: rank {torch.distributed.get_rank()} lost the other processes: {reason}\nOne of them ended or hangs; "
+                "its own output says why. Run the same command again to go on from the last state",
+                file=sys.stderr,
+            )
+            return 1
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+def lost_process(error: RuntimeError) -> str:
+    """First line of an error of the communication between processes; "" for any other error."""
+    text = str(error)
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in text.lower():
+        return ""
+    return text.splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch.utils.data import DataLoader
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
-from fw_model.checkpoints import latest_state, load_checkpoint, load_state, read_progress, remove_leftovers
-from fw_model.config import Preset, Stage, StageConfig
-from fw_model.data.dataset import ClipDataset, collate
+from fw_model.checkpoints import (
+    CheckpointError,
+    checkpoint_parameters,
+    copy_weights,
+    latest_state,
+    load_checkpoint,
+    load_tensors,
+    read_metadata,
+    read_progress,
+    remove_leftovers,
+)
+from fw_model.config import ClipConfig, Preset, Stage, StageConfig
+from fw_model.data.dataset import ClipDataset
+from fw_model.data.manifest import ClipRow
 from fw_model.data.sampler import ResumableBucketSampler
-from fw_model.data.schema import Batch
+from fw_model.ema import MovingAverage
 from fw_model.fantasy_world import FantasyWorld
+from fw_model.loading import Batches
 from fw_model.metrics_log import MetricsLog, OnMetrics, RunningMean
-from fw_model.run_folder import BUILD_DATASET, RunIdentity, TrainingError, check_claim, claim
+from fw_model.optimizers import check_optimizer, make_optimizer, put_moments_back
+from fw_model.run_folder import (
+    BUILD_DATASET,
+    RunIdentity,
+    TrainingError,
+    base_hash,
+    check_base_hash,
+    check_claim,
+    claim,
+)
+from fw_model.sharding import data_mesh, laid_out_as, shard
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +57,7 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)  # validation at step 0
     after: dict[str, float] = field(default_factory=dict)  # the latest validation
     window: RunningMean = field(default_factory=RunningMean)  # since the last line of metrics.jsonl
+    recent: list[float] = field(default_factory=list)  # total losses of the last steps, against which a spike is told
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "window": self.window.state}
@@ -55,14 +75,17 @@ class Run:
     stage: Stage
     config: StageConfig
     identity: RunIdentity
+    base_hash: str
     output: Path
     accelerator: Accelerator
     model: FantasyWorld
-    wrapped: torch.nn.Module  # what is called while training: the model, inside DDP when there are several processes
-    parameters: dict[str, torch.nn.Parameter]
+    wrapped: torch.nn.Module  # what is called while training: the model, inside DDP when several processes hold all of it
+    parameters: dict[str, torch.nn.Parameter]  # what this run trains
+    stored: dict[str, torch.nn.Parameter]  # what a checkpoint holds: all that the stage can train
     optimizer: torch.optim.Optimizer
+    average: MovingAverage | None  # of `stored`
     sampler: ResumableBucketSampler
-    batches: Iterator[Batch]
+    batches: Batches
     validation_clips: ClipDataset
     empty_text: torch.Tensor  # [text_len, text_dim] on the accelerator's device: the empty prompt
     progress: Progress
@@ -71,6 +94,10 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         return self.output / f"step-{self.progress.step}.safetensors"
+
+    @property
+    def averaged_checkpoint(self) -> Path:
+        return self.checkpoint.with_suffix(".ema.safetensors")
 
 
 def build_run(
@@ -87,11 +114,19 @@ def build_run(
 
     See `fw_model.train.train` for the arguments and errors.
     """
-    config = preset.stage(stage)
-    check_accumulation(config.global_batch, config.batch_per_device, accelerator.num_processes)
-    check_claim(output, identity)
-    clips, validation_clips = open_dataset(dataset, preset)
+    config, device = preset.stage(stage), accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
+    accumulation = check_accumulation(config.global_batch, config.batch_per_device, world)
+    log.info(
+        "global batch %d = %d a device x %d accumulated x %d process(es); %d clips in %d steps",
+        *(config.global_batch, config.batch_per_device, accumulation, world, config.global_batch * config.steps, config.steps),
+    )
+    check_claim(output, identity)
+    check_optimizer(config, device)
+    clips, validation_clips = open_dataset(dataset, preset)
+    base = base_hash(preset.base)
+    if stage1_checkpoint is not None:
+        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
     sampler = ResumableBucketSampler(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed)
     state = latest_state(output / "state")
     progress = Progress()
@@ -100,47 +135,44 @@ def build_run(
         sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
 
+    _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+
     model = FantasyWorld.from_preset(preset)
     if stage1_checkpoint is not None:
         load_checkpoint(stage1_checkpoint, model, "stage1", preset)
+    wrapped = place(model, stage, config, accelerator)
+    stored = checkpoint_parameters(model, stage)
     model.set_stage(stage, config.train_geometry)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.to(accelerator.device).train()
     parameters = model.trainable_parameters()
     optimizer = make_optimizer(parameters, config)
+    average = MovingAverage(stored, config.ema_decay) if config.ema_decay else None
     if state is not None:
-        load_state(state, parameters, optimizer)
+        load_state(state, parameters, optimizer, average)
         log.info("going on from step %d (%s)", progress.step, state)
 
     metrics = None
     if accelerator.is_main_process:
         claim(output, identity)
         remove_leftovers(output)
-        listeners = _listeners(accelerator, config, on_metrics)
+        listeners = _listeners(accelerator, stage, config, identity, on_metrics)
         metrics = MetricsLog(output / "metrics.jsonl", progress.step if state else -1, listeners)
     accelerator.wait_for_everyone()
-    loader = DataLoader(
-        clips,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.workers,
-        worker_init_fn=_apart,
-        pin_memory=accelerator.device.type == "cuda",
-    )
     return Run(
         preset=preset,
         stage=stage,
         config=config,
         identity=identity,
+        base_hash=base,
         output=output,
         accelerator=accelerator,
         model=model,
-        wrapped=accelerator.prepare(model),
+        wrapped=wrapped,
         parameters=parameters,
+        stored=stored,
         optimizer=optimizer,
+        average=average,
         sampler=sampler,
-        batches=iter(loader),
+        batches=Batches(clips, sampler, config.workers, config.stall_seconds, pin_memory=device.type == "cuda"),
         validation_clips=validation_clips,
         empty_text=clips.empty_text().to(accelerator.device),
         progress=progress,
@@ -148,17 +180,78 @@ def build_run(
     )
 
 
+def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> None:
+    """Raise TrainingError unless all processes are about to go on with the same run from the same step."""
+    everyone = gather_object([seen])
+    if len(set(everyone)) > 1:
+        lines = [
+            f"process {rank}: step {step}, config {c}, dataset {d}, base {b}" for rank, (step, c, d, b) in enumerate(everyone)
+        ]
+        raise TrainingError(
+            f"the processes do not see the same run in {output}:\n  "
+            + "\n  ".join(lines)
+            + "\nOutput, dataset and base must be on "
+            "storage that all machines share, or equal copies"
+        )
+
+
+def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: Accelerator) -> torch.nn.Module:
+    """Put a model on its device as the stage's knobs say, and give back what to call while training.
+
+    The base gets the dtype of the computation (it never trains); all else stays float32. With `sharding: fsdp` the model's
+    parameters are replaced, so hold on to none of before.
+    """
+    model.set_stage(stage, config.train_geometry)
+    model.enable_gradient_checkpointing(config.gradient_checkpointing)
+    model.base.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    model.to(accelerator.device).train()
+    if config.compile:
+        for block in [*model.base.transformer.blocks, *model.geodit.blocks]:
+            block.compile()
+    if config.sharding == "fsdp" and accelerator.num_processes > 1:
+        return shard(model, data_mesh(accelerator.device, accelerator.num_processes))
+    return accelerator.prepare(model)
+
+
+def load_state(
+    state: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: MovingAverage | None = None,
+) -> None:
+    """Put weights, moments and moving average back exactly as `fw_model.train` saved them, whatever they were sharded over.
+
+    Raises CheckpointError: a damaged file, or one that does not fit the model.
+    """
+    copy_weights(load_tensors(state, "weights"), parameters, f"{state / 'weights.safetensors'}")
+    moments = load_tensors(state, "optimizer")
+    if unknown := sorted({key.rpartition("/")[0] for key in moments} - parameters.keys()):
+        raise CheckpointError(f"{state}: optimizer moments of unknown weights: {', '.join(unknown[:8])}")
+    put_moments_back(moments.items(), parameters, optimizer, laid_out_as)
+    if average is not None:
+        copy_weights(load_tensors(state, "ema"), average.average, f"{state / 'ema.safetensors'}")
+
+
 def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
     """accelerate's idea of devices and processes, with the stage's trackers.
 
     The stage's precision is applied by `objective.autocast`: accelerate's own setting is per process, not per run.
-    Raises TrainingError for a way of distributing that this loop does not know.
+    Raises TrainingError for a tracker that is not there or a way of distributing that this loop does not know.
     """
-    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output)
+    installed = sorted(tracker.value for tracker in get_available_trackers())
+    if missing := [tracker for tracker in config.trackers if tracker not in installed]:
+        raise TrainingError(
+            f"trackers: {', '.join(missing)}: not installed or not known. Installed: {', '.join(installed)}; accelerate knows "
+            f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+        )
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout))
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout]
+    )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
-            f"this loop runs on one device or data-parallel (MULTI_GPU, MULTI_CPU), not {accelerator.distributed_type.value}; "
-            "change distributed_type with `accelerate config`"
+            f"accelerate is set to {accelerator.distributed_type.value}; this loop runs on one device or with plain processes "
+            "(MULTI_GPU, MULTI_CPU) and shards by itself (stage1.sharding=fsdp); change distributed_type with `accelerate config`"
         )
     return accelerator
 
@@ -174,29 +267,16 @@ def check_accumulation(global_batch: int, batch_per_device: int, processes: int)
     near = sorted({max(share, global_batch // share * share), -(-global_batch // share) * share})
     fitting = [b for b in range(1, global_batch + 1) if global_batch % (b * processes) == 0]
     nearest = min(fitting, key=lambda b: abs(b - batch_per_device), default=None)
+    counts = [n for n in range(1, global_batch + 1) if global_batch % (n * batch_per_device) == 0]
+    below = max((n for n in counts if n < processes), default=None)
+    above = min((n for n in counts if n > processes), default=None)
+    places = " or ".join(str(n) for n in (below, above) if n)
     raise TrainingError(
         f"global_batch {global_batch} is not a multiple of batch_per_device {batch_per_device} x {processes} process(es); "
         f"nearest: global_batch={' or '.join(map(str, near))}"
-        + (f", or batch_per_device={nearest}" if nearest else f", or a number of processes that divides {global_batch}")
+        + (f", or batch_per_device={nearest}" if nearest else "")
+        + (f", or {places} processes" if places else "")
     )
-
-
-def learning_rate(config: StageConfig, step: int) -> float:
-    """Rate of a step, counted from 1: linear warm-up, then constant or a cosine down to 0 at the last step."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    share = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and gates are not decayed."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
@@ -206,20 +286,12 @@ def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, Clip
 
     Raises:
         DatasetError: missing, empty, or made by other encoders.
-        TrainingError: clips of another size than the preset's, or features of another width than the base takes.
+        TrainingError: features of another width than the base takes, or clips of another size than the preset's.
     """
     wan = preset.model.wan
     versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
-    sizes = {preset.clip.bucket(0, 1), preset.clip.bucket(1, 0)}
     for row in (row for split in (clips, validation_clips) for row in split.rows.distinct("bucket", "arrays")):
-        if row.size not in sizes:
-            buckets = " or ".join("x".join(map(str, size)) for size in sorted(sizes))
-            raise TrainingError(
-                f"{dataset}: clip {row.clip_id} is {row.bucket} (height x width x frames), preset {preset.name!r} trains on "
-                f"{buckets}; set clip.frames, clip.short_side and clip.long_side, or pack the dataset with this preset: "
-                f"{BUILD_DATASET}"
-            )
         found = (clips.text_width, tuple(row.arrays["image"][1]))
         if found != (wan.text_dim, (wan.image_tokens, wan.image_dim)):
             raise TrainingError(
@@ -227,26 +299,40 @@ def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, Clip
                 f"of preset {preset.name!r} takes {wan.text_dim} and {(wan.image_tokens, wan.image_dim)}; pack the dataset with "
                 f"this preset: {BUILD_DATASET}"
             )
+        _check_size(dataset, row, preset.clip, wan.out_dim)
     if not len(validation_clips):
         log.warning("%s has no validation clips (that takes two videos): validating on training clips", dataset)
         validation_clips = clips
     return clips, validation_clips
 
 
-def _listeners(accelerator: Accelerator, config: StageConfig, on_metrics: OnMetrics | None) -> list[OnMetrics]:
+def _check_size(dataset: str | Path, row: ClipRow, clip: ClipConfig, channels: int) -> None:
+    """Refuse a clip that is not of the preset's size, or whose latents are not the VAE's of that size."""
+    height, width, frames = row.size
+    if row.bucket not in clip.buckets:
+        raise TrainingError(
+            f"{dataset}: clip {row.clip_id} is in bucket {row.bucket}, the preset's are {' and '.join(clip.buckets)}; train "
+            f"at the dataset's size: clip.size={height}x{width} clip.frames={frames}, or pack it at the preset's: {BUILD_DATASET}"
+        )
+    expected = (channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    found = tuple(row.arrays["latents"][1])
+    if found != expected:
+        raise TrainingError(
+            f"{dataset}: clip {row.clip_id} of bucket {row.bucket} has latents {list(found)}, Wan's VAE gives {list(expected)}; "
+            f"pack it again: {BUILD_DATASET}"
+        )
+
+
+def _listeners(
+    accelerator: Accelerator, stage: Stage, config: StageConfig, identity: RunIdentity, on_metrics: OnMetrics | None
+) -> list[OnMetrics]:
     listeners = [on_metrics] if on_metrics else []
     if config.trackers:
-        accelerator.init_trackers("trackers")
+        shown = {key: value for key, value in identity.config.items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("trackers", config={**shown, "stage": stage, "dataset": identity.dataset_digest})
 
         def track(line: dict[str, float]) -> None:
             accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
 
         listeners.append(track)
     return listeners
-
-
-def _apart(worker: int) -> None:
-    """Put a data worker into a process group of its own: a Ctrl-C, or a signal to the whole group, then reaches only the
-    training process, which finishes its step. The worker ends with a plain SIGTERM, not with the handler it inherited."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -17,6 +17,7 @@ def validate(
 ) -> dict[str, float]:
     """Mean losses over the first `config.validation_clips` clips, one at a time, shared out over the processes.
 
+    Every process runs the same number of clips (some a clip again, not counted): a sharded model is gathered by all together.
     Pose tokens are withheld from the geometry branch (see `objective.validation_draws`).
 
     Args:
@@ -32,14 +33,16 @@ def validate(
     count = min(config.validation_clips, len(clips))  # type: ignore[arg-type]
     sums = torch.zeros(len(LOSS_NAMES[stage]), device=accelerator.device)
     model.eval()
-    for place in range(accelerator.process_index, count, accelerator.num_processes):
+    for first in range(0, count, accelerator.num_processes):
+        place = (first + accelerator.process_index) % count
         batch = collate([clips[place]])
         draws = validation_draws(batch, config.seed, place, count).to(accelerator.device)
         batch = batch.to(accelerator.device)
         with autocast(config, accelerator.device):
             output = predict(model, batch, draws)
         losses = compute_losses(output, batch, draws, stage, config)
-        sums += torch.stack([losses[name] for name in LOSS_NAMES[stage]])
+        if first + accelerator.process_index < count:
+            sums += torch.stack([losses[name] for name in LOSS_NAMES[stage]])
     model.train()
     means = accelerator.reduce(sums, "sum") / count
     return dict(zip(LOSS_NAMES[stage], means.tolist(), strict=True))

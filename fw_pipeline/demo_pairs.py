@@ -1,18 +1,22 @@
 """What a perfect two-view network would say about the demo's scenes: exact pointmaps, and the ways to spoil them.
 
 The checks and benchmarks of everything after the network run on these: the truth is known to the last digit. Pixels lie on
-the network's integer grid (see `fw_pipeline.annotate.alignment`).
+the network's integer grid (see `fw_pipeline.annotate.alignment`). `TruthNetwork` says it through the network's interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
+from fw_pipeline.annotate.dust3r import DUSt3RConfig, Pointmap, prepare
+from fw_pipeline.annotate.dust3r.config import PATCH
 from fw_pipeline.annotate.pair_graph import PairPrediction
 from fw_pipeline.demo import camera_at, cast, intrinsics_of
 from fw_pipeline.demo_scenes import SCENES, Shot
@@ -24,7 +28,7 @@ WrongPair = Literal["scrambled", "moved", "elsewhere"]
 class TrueViews:
     """Exact geometry of N views of one shot, pixel (u, v) of the integer grid at image position (u, v)."""
 
-    depth: np.ndarray  # [N, H, W] float64 z-depth
+    depth: np.ndarray  # [N, H, W] float64 z-depth, 0 = unknown: no pointmap says anything there
     w2c: np.ndarray  # [N, 3, 4] float64, scene's world (metres)
     intrinsics: np.ndarray  # [3, 3], principal point (W / 2, H / 2)
 
@@ -91,12 +95,63 @@ def _predict(truth: TrueViews, pair: tuple[int, int], spoil: Spoil, rng: np.rand
             points = eye + (points - eye) * factor
         else:
             points = points * factor
+        points[~(truth.depth[view] > 0)] = np.nan
         thrown = rng.random(points.shape[:2]) < spoil.outliers
-        low, high = points.min((0, 1)), points.max((0, 1))
+        low, high = np.nanmin(points, (0, 1)), np.nanmax(points, (0, 1))
         points[thrown] = rng.uniform(low - 0.5 * (high - low), high + 0.5 * (high - low), (int(thrown.sum()), 3))
         maps.append((scale * points).astype(np.float32))
     confidence = np.full(maps[0].shape[:2], 3.0, np.float32)
     return PairPrediction(i, j, maps[0], confidence, maps[1], confidence)
+
+
+class TruthNetwork:
+    """DUSt3R's interface over the truth: an image is known by its pixels, and a pair gets its true pointmaps, spoilt.
+
+    What it says about a pair depends on that pair alone, not on when or with which others it is asked. Counts what it is asked.
+    """
+
+    def __init__(self, size: int = 128, spoil: Spoil | None = None, wrong: Iterable[tuple[int, int]] = ()) -> None:
+        """`size`: the long side of the images it reads; `wrong`: pairs of frames of a clip that `spoil.wrong_pair` replaces."""
+        self.config = DUSt3RConfig(img_size=(size, size))
+        self.spoil, self.wrong = spoil or Spoil(), frozenset(wrong)
+        self.edit: Callable[[PairPrediction], PairPrediction] = lambda pair: pair  # a last word on each pair
+        self.encoded = self.decoded = 0  # images, pairs
+        self._views: list[tuple[TrueViews, int]] = []
+        self._known: dict[bytes, int] = {}
+
+    def show(self, frames: np.ndarray, truth: TrueViews) -> None:
+        """Make a clip known: frames [N, h, w, 3] uint8 as the engine will get them, truth at the network's size.
+
+        A picture that comes twice is the view that came first.
+        """
+        for view, frame in enumerate(prepare(frames, max(self.config.img_size)).frames):
+            self._known.setdefault(frame.tobytes(), len(self._views))
+            self._views.append((truth, view))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, H/16, W/16, 1]: the number of the view. KeyError for an image never shown."""
+        self.encoded += len(images)
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        numbers = torch.tensor([float(self._known[image.tobytes()]) for image in pixels])
+        return numbers[:, None, None, None].expand(-1, images.shape[2] // PATCH, images.shape[3] // PATCH, 1)
+
+    def decode(self, tokens1: Tensor, tokens2: Tensor) -> tuple[Pointmap, Pointmap]:
+        """The true pointmaps of each pair."""
+        self.decoded += len(tokens1)
+        pairs = [self._pair(int(a[0, 0, 0]), int(b[0, 0, 0])) for a, b in zip(tokens1, tokens2, strict=True)]
+        points_i, confidence_i, points_j, confidence_j = (
+            torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
+            for name in ("points_i", "confidence_i", "points_j", "confidence_j")
+        )
+        return Pointmap(points_i, confidence_i), Pointmap(points_j, confidence_j)
+
+    def _pair(self, first: int, second: int) -> PairPrediction:
+        (truth, i), (_, j) = self._views[first], self._views[second]
+        rng = np.random.default_rng([first, second])
+        pair = _predict(truth, (i, j), self.spoil, rng)
+        if self.spoil.wrong_pair and (i, j) in self.wrong:
+            pair = _wrong(truth, pair, self.spoil.wrong_pair, rng)
+        return self.edit(pair)
 
 
 def _unit_noise(size: tuple[int, int], patch: int, rng: np.random.Generator) -> np.ndarray:

@@ -26,10 +26,9 @@ from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
-from fw_pipeline.annotate.colmap import ColmapEngine
-from fw_pipeline.annotate.depth import GeometryDepth
 from fw_pipeline.annotate.truth import compare_with_truth
 from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.engines import depth_engine, geometry_engine, require_device
 from fw_pipeline.prompts import PromptError, Prompts
 from fw_pipeline.settings import Settings
 from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, whole_file, write_done
@@ -50,7 +49,12 @@ class FinishedClip:
     intrinsics: np.ndarray  # [T, 3, 3] float32
     w2c: np.ndarray  # [T, 3, 4] float32, first = identity
     scale: np.ndarray  # [] float64, annotator's units per clip unit
+    # How each frame's depth came about, as in ClipDepth (1/z = fit_scale * disparity + fit_shift, in the annotator's units).
     source: np.ndarray  # [T] uint8, ClipDepth.SOURCES
+    fit_scale: np.ndarray  # [T] float32
+    fit_shift: np.ndarray  # [T] float32
+    fit_inlier_ratio: np.ndarray  # [T] float32
+    fit_residual: np.ndarray  # [T] float32
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ class Pipeline:
 
     @cached_property
     def geometry_engine(self) -> GeometryEngine:
-        return ColmapEngine(device=self.settings.device)
+        return geometry_engine(self.settings)
 
     @cached_property
     def depth_engine(self) -> DepthEngine:
-        return GeometryDepth()
+        return depth_engine(self.settings)
 
     @cached_property
     def encoders(self) -> Any:
@@ -159,9 +163,9 @@ class Pipeline:
         if step == "clips":
             parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json")]
         elif step == "geometry":
-            parts = [self._input("clips", key).fingerprint, self.geometry_engine.version, self.settings.annotation_long_side]
+            parts = [self._input("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
         elif step == "depth":
-            parts = [self._input("geometry", key).fingerprint, self.depth_engine.version]
+            parts = [self._input("geometry", key).fingerprint, made_by(self.depth_engine)]
         else:
             ids = [self.encoder_ids[part] for part in ("vae", "image")]
             parts = [self._input("clips", key).fingerprint, *ids, self._prompt_fault(key)]
@@ -179,6 +183,7 @@ class Pipeline:
 
     def _geometry(self, key: str, folder: Path) -> Done:
         engine = self.geometry_engine
+        require_device(self.settings.device)
 
         def annotate(clip: Clip) -> dict[str, float]:
             frames = self._frames(key, clip)
@@ -187,19 +192,23 @@ class Pipeline:
             save_arrays(folder / f"{clip.clip_id}.npz", geometry)
             return numbers
 
-        return self._each_clip("clips", key, f"{engine.name}:{engine.version}", annotate)
+        return self._each_clip("clips", key, made_by(engine), annotate)
 
     def _depth(self, key: str, folder: Path) -> Done:
         engine = self.depth_engine
+        require_device(self.settings.device)
+        measured = {status.clip_id: status.quality for status in self._input("geometry", key).clips}
 
         def annotate(clip: Clip) -> dict[str, float]:
             geometry = load_arrays(self.store.folder("geometry", key) / f"{clip.clip_id}.npz", ClipGeometry)
             result = engine.estimate(self._frames(key, clip), geometry)
+            numbers = quality.check_depth(result, geometry)
             finished = finish_clip(clip, geometry, result)
             save_arrays(folder / f"{clip.clip_id}.npz", finished)
-            return {"valid_fraction": float((finished.depth > 0).mean()), "scale": float(finished.scale)}
+            valid = float((finished.depth > 0).mean())
+            return measured[clip.clip_id] | numbers | {"valid_fraction": valid, "scale": float(finished.scale)}
 
-        return self._each_clip("geometry", key, f"{engine.name}:{engine.version}", annotate)
+        return self._each_clip("geometry", key, made_by(engine), annotate)
 
     def _latents(self, key: str, folder: Path) -> Done:
         made_by = self.preset.encoders.weights.identity
@@ -308,7 +317,7 @@ class Pipeline:
 
     def _record(self, key: str, clip: Clip) -> ClipRecord:
         geometry, depth = self._input("geometry", key), self._input("depth", key)
-        measured = {status.clip_id: status.quality for status in geometry.clips}
+        measured = {status.clip_id: status.quality for status in depth.clips}
         finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
         encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", EncodedClip)
         names = ("depth", "confidence", "intrinsics", "w2c")
@@ -401,6 +410,11 @@ class Pipeline:
         return clip_io.read_frames(self._path(key), clip, height, width)
 
 
+def made_by(engine: GeometryEngine | DepthEngine) -> str:
+    """Engine and version, as markers and the manifest name them."""
+    return f"{engine.name}:{engine.version}"
+
+
 def finish_clip(clip: Clip, geometry: ClipGeometry, result: ClipDepth) -> FinishedClip:
     """From the annotation size and units to the bucket's size and clip units.
 
@@ -418,6 +432,10 @@ def finish_clip(clip: Clip, geometry: ClipGeometry, result: ClipDepth) -> Finish
         w2c=w2c.astype(np.float32),
         scale=np.asarray(scale, np.float64),
         source=result.source,
+        fit_scale=result.scale,
+        fit_shift=result.shift,
+        fit_inlier_ratio=result.inlier_ratio,
+        fit_residual=result.residual,
     )
     quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
     return finished

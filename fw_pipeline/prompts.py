@@ -1,6 +1,6 @@
 """The prompt of a video, as its owner wrote it down.
 
-Beside `walks/park.mp4`, the first of these that is there:
+For `walks/park.mp4`, any of these:
 
     walks/park.txt      the text itself
     walks/park.json     an object with the text under `caption`, `prompt` or `text`
@@ -95,12 +95,12 @@ class Prompts:
             for row in reader:
                 if None in row or row["video"] is None or row["prompt"] is None:
                     raise PromptError(
-                        f"{CSV_NAME}, line {reader.line_num}: expected {len(reader.fieldnames or ())} values; a prompt with commas "
-                        'needs "quotes"'
+                        f"{CSV_NAME}, line {reader.line_num}: expected {len(reader.fieldnames or ())} values; "
+                        'a prompt with commas needs "quotes"'
                     )
                 rows.setdefault(row["video"].strip().removeprefix("./"), []).append((reader.line_num, row["prompt"]))
         except csv.Error as error:
-            raise PromptError(f"{CSV_NAME}, line {reader.line_num}: {error}") from error
+            raise PromptError(f"{CSV_NAME}, line {reader.reader.line_num}: {error}") from error
         return rows
 
     def _read(self, path: Path) -> str:

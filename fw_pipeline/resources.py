@@ -21,7 +21,18 @@ class PipelineResource(dg.ConfigurableResource):
     preset: str | None = None
     overrides: list[str] | None = None
     annotation_long_side: int | None = None
+    geometry: str | None = None
+    depth: str | None = None
     device: str | None = None
+    dtype: str | None = None
+    dust3r_model: str | None = None
+    dust3r_revision: str | None = None
+    dust3r_window: int | None = None
+    dust3r_keyframe_every: int | None = None
+    dust3r_batch: int | None = None
+    depth_model: str | None = None
+    depth_revision: str | None = None
+    depth_batch: int | None = None
     processes: int | None = None
     val_percent: float | None = None
 

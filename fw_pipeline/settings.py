@@ -1,4 +1,4 @@
-"""What a pipeline run is told: profile, folders, preset, device. Free of Dagster, so that scripts and tests share it.
+"""What a pipeline run is told: profile, folders, preset, annotators, device. Free of Dagster, so that scripts and tests share it.
 
 `FW_PROFILE` (laptop | gpu), `FW_PRESET`, `FW_DATA` and `FW_VIDEOS` choose; the Dagster resource `pipeline`
 overrides any field per run.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,7 +25,18 @@ class Settings(Config):
     preset: str = "tiny"  # name of a preset, or a YAML file
     overrides: tuple[str, ...] = ()  # preset overrides, e.g. "stage1.steps=10"
     annotation_long_side: int = Field(448, ge=64)  # pixels; the annotators see frames of this size or the source's, if smaller
+    geometry: Literal["colmap", "dust3r"] = "colmap"  # who finds cameras
+    depth: Literal["geometry", "depth-anything-v2"] = "geometry"  # whose depth is kept: the geometry's own, or one fitted to it
     device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the annotators' networks
+    dust3r_model: str = "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"  # hub repository, folder or .pth file
+    dust3r_revision: str = "main"  # branch, tag or commit of the repository
+    dust3r_window: int = Field(2, ge=1)  # a keyframe is paired with this many of the following ones
+    dust3r_keyframe_every: int = Field(8, ge=1)  # frames, at most
+    dust3r_batch: int = Field(8, ge=1)  # images or pairs in one pass
+    depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"  # hub repository or folder; also Base, Large, metric
+    depth_revision: str = "main"
+    depth_batch: int = Field(8, ge=1)  # frames in one pass
     processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
     val_percent: float = Field(2.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
 
@@ -35,7 +46,14 @@ class Settings(Config):
 
 PROFILES: dict[str, dict[str, Any]] = {
     "laptop": {},
-    "gpu": {"preset": "wan2.1-fun-1.3b", "annotation_long_side": 592, "device": "cuda"},
+    "gpu": {
+        "preset": "wan2.1-fun-1.3b",
+        "annotation_long_side": 592,
+        "geometry": "dust3r",
+        "depth": "depth-anything-v2",
+        "device": "cuda",
+        "dtype": "bfloat16",
+    },
 }
 
 

@@ -14,11 +14,13 @@ def main(argv: list[str]) -> int:
         return train(argv)
     from dagster_pipes import open_dagster_pipes
 
+    from fw_model.metrics_log import in_words
+
     with open_dagster_pipes() as pipes:
 
         def send(metrics: dict[str, float]) -> None:
             numbers = {key: value for key, value in metrics.items() if key != "step"}
-            pipes.log.info(f"step {metrics['step']:.0f}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+            pipes.log.info(f"step {metrics['step']:.0f}: {in_words(numbers)}")
 
         return train(argv, on_metrics=send)
 

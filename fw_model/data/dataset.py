@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest, read_text_rows
+from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, parse_arrays, read_manifest, read_text_rows
 from fw_model.data.remote import is_remote
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
@@ -85,12 +85,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise DatasetError(
                 f"{self.path}: clip {row.clip_id}: no embedding of its prompt {row.prompt!r}; pack the dataset again"
             )
-        used = np.zeros(len(self._texts), bool)
-        used[self._text_of] = True
-        for text in self._texts.select(used).distinct("arrays"):
-            if (length := text.arrays["text"][1][0]) > self.text_len:
-                row = next(row for row in self.rows if row.prompt == text.prompt)
-                raise DatasetError(f"{self.path}: clip {row.clip_id} has {length} text tokens, the model takes {self.text_len}")
+        for index in np.flatnonzero(self._text_lengths()[self._text_of] > self.text_len)[:1]:
+            row, text = self.rows[int(index)], self._texts[int(self._text_of[index])]
+            raise DatasetError(
+                f"{self.path}: clip {row.clip_id} has {text.arrays['text'][1][0]} text tokens, the model takes {self.text_len}"
+            )
+
+    def _text_lengths(self) -> np.ndarray:
+        """Tokens of each text, [len(texts)]."""
+        codes, values = self._texts.codes("arrays")
+        return np.array([parse_arrays(value)["text"][1][0] for value in values.to_pylist()], np.int64)[codes]
 
     @property
     def buckets(self) -> list[str]:

@@ -167,7 +167,7 @@ class Manifest(Sequence[ClipRow]):
 
     def _row(self, record: dict[str, Any]) -> ClipRow:
         try:
-            record["arrays"] = _arrays(record["arrays"])
+            record["arrays"] = parse_arrays(record["arrays"])
             record["versions"] = json.loads(record["versions"])
             record["quality"] = json.loads(record["quality"])
         except (TypeError, ValueError) as error:
@@ -201,7 +201,8 @@ def _update_with_strings(digest: Any, strings: pa.Array) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _arrays(text: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def parse_arrays(text: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The `arrays` column of a row, as it lies in the file: name -> (dtype, shape)."""
     return {name: (str(dtype), tuple(shape)) for name, (dtype, shape) in json.loads(text).items()}
 
 

@@ -46,7 +46,7 @@ def to_pixel_centres(intrinsics: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def align(pairs: Sequence[PairPrediction], num_images: int) -> Alignment:
+def align(pairs: Sequence[PairPrediction], num_images: int, focal: float | None = None) -> Alignment:
     """Put the pairs of a clip together.
 
     A focal from the pointmaps (Weiszfeld), a relative pose per pair (PnP), a chain along the spanning tree of the pairs that
@@ -56,6 +56,7 @@ def align(pairs: Sequence[PairPrediction], num_images: int) -> Alignment:
     Args:
         pairs: numpy or torch pointmaps, all of one size.
         num_images: N; the pairs' i and j lie in 0..N-1.
+        focal: in pixels where the lens is known; None: estimated.
 
     Raises:
         RejectedClip: with the reason, when no truthful geometry can be had: pointmaps not finite or constant, low confidence
@@ -65,7 +66,7 @@ def align(pairs: Sequence[PairPrediction], num_images: int) -> Alignment:
     """
     maps = check_pairs(pairs, num_images)
     samples = sample_pixels(maps, SAMPLED_PIXELS)
-    state, noise = refine(initialise(maps, samples), samples)
+    state, noise = refine(initialise(maps, samples, focal), samples)
     focal = float(np.exp(state.log_focal))
     height, width = maps.size
     if not FOCAL_RANGE[0] <= focal / max(maps.size) <= FOCAL_RANGE[1]:

@@ -48,6 +48,7 @@ class State:
     log_focal: float
     log_scale: np.ndarray  # [E]
     log_depth: np.ndarray  # [N, P]
+    focal_known: bool = False  # then it stays as it is
 
 
 def sample_pixels(maps: PairMaps, count: int) -> Samples:
@@ -206,15 +207,16 @@ def _log_ratio(views: np.ndarray, poses: RelativePoses, a: np.ndarray, b: np.nda
     return median_of_finite(in_a - in_b)
 
 
-def initialise(maps: PairMaps, samples: Samples) -> State:
+def initialise(maps: PairMaps, samples: Samples, known_focal: float | None = None) -> State:
     """Chain the pairs of the best spanning tree. Raises RejectedClip when there is none, or no focal."""
-    focal = weiszfeld_focal(samples, maps.size)
+    focal = weiszfeld_focal(samples, maps.size) if known_focal is None else known_focal
     poses = relative_poses(samples, focal, maps.size)
     usable = poses.inlier_ratio > 0
     require_connected(maps.views[usable], maps.num_images, "no pose fits the pointmaps of the pairs that would tie them")
     confidence = samples.weight.reshape(len(maps.views), -1).mean(1)
     score = np.where(usable, confidence * poses.inlier_ratio * (1e-3 + cycle_support(maps.views, poses)), 0.0)
     state = _chain(maps, poses, _spanning_tree(maps.views, score, maps.num_images), focal)
+    state.focal_known = known_focal is not None
     for _ in range(2):
         update_scales(state, samples, np.ones(len(score), bool))
         state.log_depth = _median_depth(state, samples)

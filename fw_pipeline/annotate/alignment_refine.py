@@ -167,6 +167,7 @@ def _step(state: State, samples: Samples, noise: Noise, weight: np.ndarray, damp
         eliminated.append((used, *local[2:]))
     free = np.ones(unknowns, bool)
     free[:6] = False  # the first camera is the world
+    free[-1] = not state.focal_known
     free[6 * images + int(np.argmax(noise.believed))] = False  # and one pair's scale is the unit
     update = _solve(parts, gradient, free, damping)
     log_depth = state.log_depth.copy()
@@ -280,7 +281,7 @@ def _moved(state: State, update: np.ndarray, log_depth: np.ndarray) -> tuple[Sta
     depth = np.exp(np.median(log_depth, axis=1))
     size = max(float(np.abs(poses[:, :3]).max()), float((np.abs(poses[:, 3:]).max(1) / depth).max()))
     scale = state.log_scale + update[6 * images : 6 * images + pairs]
-    return State(rotation, translation, float(state.log_focal + update[-1]), scale, log_depth), size
+    return State(rotation, translation, float(state.log_focal + update[-1]), scale, log_depth, state.focal_known), size
 
 
 def _median(values: np.ndarray, where: np.ndarray) -> float:

@@ -223,30 +223,46 @@ class FrameTransform:
         return np.array([[back, 0, self.left * back], [0, back, self.top * back], [0, 0, 1]]) @ intrinsics
 
     def depth_to_target(self, depth: np.ndarray) -> np.ndarray:
-        """Depth (0 = unknown) or a confidence [..., h, w] -> [..., H, W], sampled at the target's pixel centres.
-
-        Where the four pixels around a sample agree within 3 % they are one surface: 1/value is interpolated linearly, which
-        is exact for the depth of a plane. Elsewhere the nearest pixel is taken: depths are never mixed across an edge, nor
-        with unknown ones.
-        """
+        """Depth (0 = unknown) or a confidence [..., h, w] -> [..., H, W], see `sample_depth`."""
         self._check(depth.shape[-2:])
-        y = ((np.arange(self.height) + 0.5 + self.top) / self.scale - 0.5)[:, None]
-        x = ((np.arange(self.width) + 0.5 + self.left) / self.scale - 0.5)[None]
-        rows, cols = (_around(y, self.source_height), _around(x, self.source_width))
-        four = np.stack([depth[..., row, col] for row in rows[:2] for col in cols[:2]])
-        fy, fx = rows[2], cols[2]
-        weights = [(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx]
-        low, high = four.min(0), four.max(0)
-        nearest = np.where(fy < 0.5, np.where(fx < 0.5, four[0], four[1]), np.where(fx < 0.5, four[2], four[3]))
-        smooth = (low > 0) & (high <= 1.03 * low)
-        inverse = sum(weight / np.where(smooth, value, 1) for weight, value in zip(weights, four, strict=True))
-        return np.where(smooth, 1 / inverse, nearest).astype(depth.dtype)
+        y = (np.arange(self.height) + 0.5 + self.top) / self.scale - 0.5
+        x = (np.arange(self.width) + 0.5 + self.left) / self.scale - 0.5
+        return sample_depth(depth, y, x)
+
+    def depth_to_source(self, depth: np.ndarray) -> np.ndarray:
+        """Inverse of `depth_to_target`: [..., H, W] -> [..., h, w], sampled likewise; 0 where the crop left nothing."""
+        if depth.shape[-2:] != (self.height, self.width):
+            raise ValueError(f"depth is {list(depth.shape)}, expected [..., {self.height}, {self.width}]")
+        y = (np.arange(self.source_height) + 0.5) * self.scale - self.top - 0.5
+        x = (np.arange(self.source_width) + 0.5) * self.scale - self.left - 0.5
+        rows, cols = (y >= -0.5) & (y <= self.height - 0.5), (x >= -0.5) & (x <= self.width - 0.5)
+        out = np.zeros((*depth.shape[:-2], self.source_height, self.source_width), depth.dtype)
+        out[..., rows[:, None] & cols[None]] = sample_depth(depth, y[rows], x[cols]).reshape(*depth.shape[:-2], -1)
+        return out
 
     def _check(self, size: tuple[int, ...]) -> None:
         if size != (self.source_height, self.source_width):
             raise ValueError(
                 f"frames are {size[0]}x{size[1]}, expected {self.source_height}x{self.source_width} (height x width)"
             )
+
+
+def sample_depth(depth: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Depth (0 = unknown) or a confidence [..., h, w] at rows y [H] and columns x [W] -> [..., H, W].
+
+    Positions are in pixels with the first pixel's centre at 0. Where the four pixels around a sample agree within 3 % they
+    are one surface: 1/value is interpolated linearly, which is exact for the depth of a plane. Elsewhere the nearest pixel
+    is taken: depths are never mixed across an edge, nor with unknown ones.
+    """
+    rows, cols = _around(y[:, None], depth.shape[-2]), _around(x[None], depth.shape[-1])
+    four = np.stack([depth[..., row, col] for row in rows[:2] for col in cols[:2]])
+    fy, fx = rows[2], cols[2]
+    weights = [(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx]
+    low, high = four.min(0), four.max(0)
+    nearest = np.where(fy < 0.5, np.where(fx < 0.5, four[0], four[1]), np.where(fx < 0.5, four[2], four[3]))
+    smooth = (low > 0) & (high <= 1.03 * low)
+    inverse = sum(weight / np.where(smooth, value, 1) for weight, value in zip(weights, four, strict=True))
+    return np.where(smooth, 1 / inverse, nearest).astype(depth.dtype)
 
 
 def _around(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Who gives the final depth of a clip."""
+"""Who gives the final depth of a clip: the geometry itself (here), or Depth Anything V2 aligned to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fw_pipeline.annotate.depth_anything import DepthAnythingV2, DepthModelError
+from fw_pipeline.annotate.disparity import DisparityFit, align_disparity
 from fw_pipeline.annotate.types import ClipDepth, ClipGeometry
+
+__all__ = ["DepthAnythingV2", "DepthModelError", "DisparityFit", "GeometryDepth", "align_disparity"]
 
 
 @dataclass(frozen=True)

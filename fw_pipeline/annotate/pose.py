@@ -73,15 +73,42 @@ def solve_pnp(points_world: Any, confidence: Any, intrinsics: Any, origin: float
     fits = []
     for grid in GRID_ORIGINS if origin is None else (origin,):
         rotation, translation = _polish(points[some], pixels[some] + grid, lens, *start)
-        error = _reprojection(points, pixels + grid, lens, rotation, translation)
-        fits.append(_result(rotation, translation, error, threshold))
+        fits.append(_result(rotation, translation, points, pixels + grid, lens, threshold))
     best = fits[-1] if fits[-1].reprojection_error < 0.5 * fits[0].reprojection_error else fits[0]
     if not best.inlier_ratio >= MIN_INLIERS:
         raise PnPError(f"only {100 * best.inlier_ratio:.0f} % of the points fit one pose within {threshold:.3g} px")
     return best
 
 
-def _result(rotation: np.ndarray, translation: np.ndarray, error: np.ndarray, threshold: float) -> PnPResult:
+def measure_pose(points_world: Any, confidence: Any, intrinsics: Any, w2c: np.ndarray) -> PnPResult:
+    """How well a camera found otherwise fits the points of its pixels, in the numbers of `solve_pnp` (arguments as there).
+
+    `intrinsics` are of the integer grid. Raises PnPError when no point is usable.
+    """
+    points, weight, lens = _pnp_input(points_world, confidence, intrinsics)
+    sure = np.flatnonzero((weight > 0) & (weight >= sure_level(weight)))
+    if not len(sure):
+        raise PnPError("no usable point")
+    height, width = weight.shape
+    pixels = np.stack([sure % width, sure // width], axis=1).astype(np.float64)
+    return _result(w2c[:, :3], w2c[:, 3], points.reshape(-1, 3)[sure], pixels, lens, pixel_threshold(height, width))
+
+
+def reprojection_errors(points_world: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> np.ndarray:
+    """How far [H, W], in pixels, each pixel's world point [H, W, 3] lands from it; infinite behind the camera, NaN for NaN.
+
+    `intrinsics` are of the integer grid.
+    """
+    height, width = points_world.shape[:2]
+    pixels = np.stack(np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64)), axis=-1)
+    off = _reprojection(points_world.reshape(-1, 3), pixels.reshape(-1, 2), intrinsics, w2c[:, :3], w2c[:, 3])
+    return off.reshape(height, width)
+
+
+def _result(
+    rotation: np.ndarray, translation: np.ndarray, points: np.ndarray, pixels: np.ndarray, lens: np.ndarray, threshold: float
+) -> PnPResult:
+    error = _reprojection(points, pixels, lens, rotation, translation)
     inlier = error < threshold
     typical = float(np.median(error[inlier])) if inlier.any() else np.inf
     return PnPResult(np.concatenate([rotation, translation[:, None]], axis=1), float(inlier.mean()), typical)
@@ -137,8 +164,8 @@ def points_in_world(pair: PairPrediction, depth_i: np.ndarray, w2c_i: np.ndarray
     return np.asarray(local @ w2c_i[:, :3])
 
 
-def fill_missing_poses(poses: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Poses w2c [3, 4] of a clip, None where PnP failed -> (w2c [T, 3, 4], interpolated [T] bool).
+def fill_missing_poses(poses: Sequence[np.ndarray | None], why: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Poses w2c [3, 4] of a clip, None where PnP failed -> (w2c [T, 3, 4], interpolated [T] bool). `why` ends the message.
 
     Raises RejectedClip when more than MAX_INTERPOLATED of the frames are missing.
     """
@@ -146,6 +173,7 @@ def fill_missing_poses(poses: Sequence[np.ndarray | None]) -> tuple[np.ndarray, 
     if not len(missing) or missing.mean() > MAX_INTERPOLATED:
         raise RejectedClip(
             f"the camera of {missing.sum()} of {len(missing)} frames could not be found (at most {MAX_INTERPOLATED:.0%})"
+            + (f": {why}" if why else "")
         )
     return fill_poses({t: pose for t, pose in enumerate(poses) if pose is not None}, len(poses)), missing
 

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from fw_model.cameras import unproject
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, RejectedClip
 
 MAX_INTERPOLATED = 0.2  # share of frames whose pose was filled in from their neighbours
 MIN_VALID = 0.2  # share of pixels with a depth
 MAX_REPROJECTION = 2.0  # pixels of the annotation image, median over the frames
 GRID_TOLERANCE = 0.5  # pixels: how far a frame's own points may land from the pixels they came from
 NEIGHBOUR_TOLERANCE = 0.1  # relative depth disagreement between neighbouring frames, median
+SCALE_TOLERANCE = 0.1  # relative: how far a frame's depth may be from the geometry's scale, median over the frames
 
 
 def check_geometry(geometry: ClipGeometry) -> dict[str, float]:
@@ -50,6 +51,53 @@ def check_geometry(geometry: ClipGeometry) -> dict[str, float]:
     if failed:
         raise RejectedClip("geometry not good enough: " + "; ".join(failed))
     return numbers
+
+
+def check_depth(result: ClipDepth, geometry: ClipGeometry) -> dict[str, float]:
+    """Quality numbers of the final depth, and whether it still is in the one scale of the geometry's cameras.
+
+    Returns:
+        network_depth (share of frames that carry the depth network's depth), fit_inlier_ratio (mean) and fit_residual (median)
+        over those frames, scale_error (median over the frames of how far their median ratio to the geometry's depth is from 1),
+        neighbour_error of the final depth. Only the first where every frame carries the geometry's own depth.
+
+    Raises:
+        RejectedClip: a value is not finite, negative, or misses its bar; the message has the numbers.
+    """
+    for name in ("depth", "confidence", "scale", "shift", "inlier_ratio", "residual"):
+        if not np.isfinite(getattr(result, name)).all():
+            raise RejectedClip(f"depth: {name} has values that are not finite")
+    if (result.depth < 0).any():
+        raise RejectedClip("depth has negative values")
+    fitted = result.source != ClipDepth.SOURCES.index("geometry")
+    numbers = {"network_depth": float(fitted.mean())}
+    if not fitted.any():
+        return numbers
+    numbers["fit_inlier_ratio"] = float(result.inlier_ratio[fitted].mean())
+    numbers["fit_residual"] = float(np.median(result.residual[fitted]))
+    numbers["scale_error"] = _scale_error(result.depth, geometry.depth)
+    numbers["neighbour_error"] = neighbour_error(result.depth, geometry.intrinsics, geometry.w2c)
+    failed = [
+        f"{what} by {numbers[name]:.0%} (at most {bar:.0%})"
+        for name, bar, what in (
+            ("scale_error", SCALE_TOLERANCE, "its scale differs from the cameras'"),
+            ("neighbour_error", NEIGHBOUR_TOLERANCE, "neighbouring frames disagree"),
+        )
+        if not numbers[name] <= bar
+    ]
+    if failed:
+        raise RejectedClip("depth not good enough: " + "; ".join(failed))
+    return numbers
+
+
+def _scale_error(depth: np.ndarray, own: np.ndarray) -> float:
+    """Median over the frames [T, H, W] of |median(depth / own) - 1|; NaN when no pixel has both."""
+    off = []
+    for frame, reference in zip(depth, own, strict=True):
+        both = (frame > 0) & (reference > 0)
+        if both.any():
+            off.append(abs(float(np.median(frame[both] / reference[both])) - 1))
+    return float(np.median(off)) if off else float("nan")
 
 
 def check_consistency(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> None:

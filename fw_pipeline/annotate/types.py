@@ -25,6 +25,13 @@ class RejectedClip(ValueError):
     this message and never given made-up poses."""
 
 
+class EngineError(RuntimeError):
+    """An annotator that cannot run at all: its weights are missing or damaged, or there is no such device.
+
+    No video is to blame, so a step stops at the first one. The message says what to do.
+    """
+
+
 @dataclass(frozen=True)
 class Clip:
     """T frames of one shot, given as times in the source video; nothing is re-encoded.

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 from tqdm import tqdm
 
+from fw_pipeline.annotate.types import EngineError
 from fw_pipeline.launch import LAUNCH
 from fw_pipeline.partitions import video_partitions
 from fw_pipeline.resources import PipelineResource
@@ -39,6 +40,8 @@ def for_each_video(context: dg.AssetExecutionContext, resource: PipelineResource
     for key in tqdm(keys, desc=step, unit="video", disable=None):
         try:
             done = pipeline.run(step, key)
+        except EngineError as error:  # no video is to blame, and the next one would fail likewise
+            raise dg.Failure(f"{step} cannot run: {error}") from error
         except Exception as error:
             context.log.exception("%s failed for %s", step, key)
             failed[key] = f"{type(error).__name__}: {error}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fw_model.data.manifest import read_manifest
+from fw_model.data.manifest import read_manifest, read_texts
+from fw_pipeline import pipeline as pipeline_module
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 from fw_pipeline.demo import ground_truth_for_clip, load_ground_truth
@@ -156,3 +157,64 @@ def test_a_caption_beside_the_video_becomes_the_prompt(pipeline: Pipeline) -> No
     assert rows[video].prompt == "a room"
     (pipeline.settings.videos / video).with_suffix(".txt").write_text("a hall", encoding="utf-8")
     assert pipeline.is_stale("latents", key)
+
+
+def test_packing_again_reads_and_writes_no_clip_that_has_not_changed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all(pipeline)
+    assert pipeline.pack().bytes_written > 0
+    read: list[str] = []
+    true_load = pipeline_module.load_arrays
+    monkeypatch.setattr(
+        pipeline_module, "load_arrays", lambda path, kind: (read.append(path.parent.name), true_load(path, kind))[1]
+    )
+    again = pipeline.pack()
+    assert (again.clips, again.kept, again.bytes_written, read) == (2, 2, 0, [])
+    engine = pipeline.geometry_engine
+    assert isinstance(engine, Oracle)
+    key = next(iter(pipeline.videos))
+    Path(pipeline.settings.videos / pipeline.videos[key]).touch()  # not a change
+    assert pipeline.pack().kept == 2
+    engine.version = "2"
+    run_all(pipeline)
+    assert (result := pipeline.pack()).kept == 0
+    assert result.clips == 2
+
+
+def test_a_new_prompt_is_embedded_alone_and_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all(pipeline)
+    pipeline.pack()
+    videos = list(pipeline.videos.values())
+    (pipeline.settings.videos / "prompts.csv").write_text(
+        "video,prompt\n" + "".join(f"{video},a hall\n" for video in videos), encoding="utf-8"
+    )
+    assert all(pipeline.is_stale("latents", key) for key in pipeline.videos)
+    embedded: list[str] = []
+    true_encode = pipeline.encoders.encode_text
+    monkeypatch.setattr(pipeline.encoders, "encode_text", lambda prompt: (embedded.append(prompt), true_encode(prompt))[1])
+    monkeypatch.setattr(pipeline.encoders, "encode_video", None)
+    run_all(pipeline)
+    assert embedded == ["a hall"]
+    result = pipeline.pack()
+    assert result.kept == 2
+    assert set(read_texts(pipeline.store.dataset)) == {"", "a hall"}
+    assert {row.prompt for row in read_manifest(pipeline.store.dataset)} == {"a hall"}
+
+
+def test_a_malformed_prompt_sets_its_video_aside_and_the_others_go_on(pipeline: Pipeline) -> None:
+    key, video = next(iter(pipeline.videos.items()))
+    sidecar = (pipeline.settings.videos / video).with_suffix(".json")
+    sidecar.write_text('{"caption": 3}', encoding="utf-8")
+    run_all(pipeline)
+    result = pipeline.pack()
+    assert result.clips == 1
+    assert result.quarantined == {key: f"{sidecar.name}, key 'caption': expected a text, got int"}
+    assert not pipeline.is_stale("latents", key)
+    sidecar.write_text('{"caption": "a room"}', encoding="utf-8")
+    assert pipeline.is_stale("latents", key)
+    run_all(pipeline)
+    assert pipeline.pack().clips == 2
+
+
+def test_names_in_the_table_that_are_no_videos_are_told(pipeline: Pipeline) -> None:
+    (pipeline.settings.videos / "prompts.csv").write_text("video,prompt\nmisspelt.mp4,x\n", encoding="utf-8")
+    assert pipeline.misspelt_prompts() == {"misspelt.mp4": "prompts.csv, line 2"}

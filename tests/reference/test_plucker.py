@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="reference number
 def test_plucker_rays_equal_the_original_reader() -> None:
     reference = np.load(REFERENCE / "pose_landscape_plucker.npz", allow_pickle=False)
     height, width, stride = (int(reference[key]) for key in ("height", "width", "stride"))
-    rays = plucker_embedding(read_pose_file(REFERENCE / "pose_landscape.txt", height, width), height, width)
+    rays = plucker_embedding(read_pose_file(REFERENCE / "pose_landscape.txt"), height, width)
     ours = rays[:, :, ::stride, ::stride].permute(0, 2, 3, 1).numpy()
     assert ours.shape == reference["plucker"].shape
     np.testing.assert_allclose(ours, reference["plucker"], atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fw_model import backbone
 from fw_model.backbone import BaseModelError, WanBackbone
 from fw_model.config import WanConfig
 from fw_model.made import fill_made_weights
-from fw_model.wan_weights import original_shapes
+from fw_model.step_trace import measured_peak
+from fw_model.wan_weights import original_shapes, read_tensors
 from tests.unit.small_model import SMALL_WAN, inputs
 
 
@@ -77,6 +80,33 @@ def test_every_file_layout_gives_the_same_model(layout: str, tmp_path: Path, vel
     model = WanBackbone.from_pretrained(str(source), SMALL_WAN)
     with torch.no_grad():
         assert torch.equal(model(**inputs()), velocity)
+
+
+@pytest.mark.parametrize("layout", ["pth", "shards"])
+def test_loading_never_holds_a_second_copy(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that are read become the parameters themselves, and nothing of their size is allocated beside them."""
+    state, read = original_state(), set()
+    if layout == "pth":
+        torch.save(state, tmp_path / "model.pth")
+    else:
+        write_shards(tmp_path, state)
+
+    def recorded(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in read_tensors(files):
+            read.add(tensor.data_ptr())
+            yield key, tensor
+
+    monkeypatch.setattr(backbone, "read_tensors", recorded)
+    loaded: list[WanBackbone] = []
+    peak = measured_peak(lambda: loaded.append(WanBackbone.from_pretrained(str(tmp_path), SMALL_WAN)))
+    assert {p.data_ptr() for p in loaded[0].parameters()} == read
+    assert peak < 1.1 * sum(tensor.nbytes for tensor in state.values())
+
+
+def test_a_state_dict_is_taken_over_without_a_copy() -> None:
+    state, model = original_state(), WanBackbone.from_config(SMALL_WAN)
+    model.load_original_state_dict(state)
+    assert {p.data_ptr() for p in model.parameters()} == {tensor.data_ptr() for tensor in state.values()}
 
 
 def write_shards(folder: Path, state: dict[str, Tensor], second: str = "model-00002-of-00002.safetensors") -> None:

@@ -261,6 +261,22 @@ def test_a_source_of_the_same_shape_changes_nothing(tmp_path: Path) -> None:
     assert (k[0, 0].item(), k[1, 1].item()) == pytest.approx((0.5 * 384, 0.9 * 256))
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (100, 400), (592, 336)])
+def test_a_pose_file_can_be_read_before_the_clips_size_is_known(tmp_path: Path, height: int, width: int) -> None:
+    path = write(tmp_path / "p.txt", ROW, ROW.replace("0.1", "0.4", 1))
+    fitted, at_source = read_pose_file(path, height, width), read_pose_file(path)
+    assert at_source.size == (720, 1280)
+    torch.testing.assert_close(at_source.resized(height, width).intrinsics, fitted.intrinsics)
+    assert torch.equal(plucker_embedding(at_source, height, width), plucker_embedding(fitted, height, width))
+    write_pose_file(tmp_path / "again.txt", at_source)
+    torch.testing.assert_close(read_pose_file(tmp_path / "again.txt").intrinsics, at_source.intrinsics)
+
+
+def test_writing_cameras_of_no_known_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give height and width"):
+        write_pose_file(tmp_path / "p.txt", Cameras(random_poses(2), pinhole(2)))
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from fw_model import checkpoints
 from fw_model.checkpoints import CheckpointError, CheckpointMetadata
 from fw_model.config import Preset, Stage, load_preset
+from fw_model.optimizers import moments
+from fw_model.training_run import load_state
 
 
 class TwoPartModel(torch.nn.Module):
@@ -91,7 +94,7 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoints, "save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"step-7\.safetensors: could not be written \(disk full\)"):
         saved(tmp_path, preset)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -150,6 +153,9 @@ def test_latest_is_by_number_and_ignores_unfinished_files(tmp_path: Path) -> Non
     for name in ("step-9.safetensors", "step-10.safetensors", ".step-11.safetensors.1.tmp", "step-12.safetensors.part"):
         (tmp_path / name).touch()
     assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "step-10.safetensors"
+    (tmp_path / "step-10.ema.safetensors").touch()
+    (tmp_path / "step-9.ema.safetensors").touch()
+    assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "step-10.ema.safetensors"
 
 
 def trained(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
@@ -161,6 +167,11 @@ def trained(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Opti
     return parameters, optimizer
 
 
+def save(folder: Path, step: int, parameters: Any, optimizer: torch.optim.Optimizer, note: Any = None) -> Path:
+    files = {"weights": {k: p.detach() for k, p in parameters.items()}, "optimizer": moments(parameters, optimizer)}
+    return checkpoints.save_state(folder, step, files, note or {}, keep=2)
+
+
 def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     sum((p - i).square().sum() for i, p in enumerate(parameters.values())).backward()  # type: ignore[union-attr]
     optimizer.step()
@@ -169,9 +180,9 @@ def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optim
 
 def test_state_brings_weights_and_moments_back_exactly(tmp_path: Path) -> None:
     parameters, optimizer = trained(3)
-    state = checkpoints.save_state(tmp_path, 3, parameters, optimizer, {"note": 1.1}, keep=2)
+    state = save(tmp_path, 3, parameters, optimizer, {"note": 1.1})
     restored, other = trained(1)
-    checkpoints.load_state(state, restored, other)
+    load_state(state, restored, other)
     assert checkpoints.read_progress(state)["note"] == 1.1
     for _ in range(2):
         step(parameters, optimizer)
@@ -182,17 +193,17 @@ def test_state_brings_weights_and_moments_back_exactly(tmp_path: Path) -> None:
 def test_states_are_pruned_to_the_newest(tmp_path: Path) -> None:
     parameters, optimizer = trained(1)
     for number in (8, 9, 10, 11):
-        checkpoints.save_state(tmp_path, number, parameters, optimizer, {}, keep=2)
+        save(tmp_path, number, parameters, optimizer)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-11"]
     assert checkpoints.latest_state(tmp_path) == tmp_path / "step-11"
 
 
 def test_damaged_state_is_named(tmp_path: Path) -> None:
     parameters, optimizer = trained(1)
-    state = checkpoints.save_state(tmp_path, 1, parameters, optimizer, {}, keep=1)
+    state = save(tmp_path, 1, parameters, optimizer)
     (state / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="step-1: damaged"):
-        checkpoints.load_state(state, parameters, optimizer)
+        load_state(state, parameters, optimizer)
     (state / "progress.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"progress\.json: not readable"):
         checkpoints.read_progress(state)
@@ -200,7 +211,7 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
 
 def test_no_file_needs_pickle(tmp_path: Path, preset: Preset) -> None:
     parameters, optimizer = trained(1)
-    state = checkpoints.save_state(tmp_path / "state", 1, parameters, optimizer, {}, keep=1)
+    state = save(tmp_path / "state", 1, parameters, optimizer)
     saved(tmp_path, preset)
     kinds = {path.suffix for path in [*tmp_path.iterdir(), *state.iterdir()] if path.is_file()}
     assert kinds == {".safetensors", ".json"}

@@ -60,6 +60,16 @@ def test_a_file_may_start_from_a_preset(tmp_path) -> None:
     assert mine.model == load_preset("tiny").model
 
 
+def test_a_config_file_lies_between_the_preset_and_the_overrides(tmp_path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("stage1: {steps: 3, seed: 4}\n")
+    mine = load_preset("tiny", ["stage1.seed=5"], path)
+    assert (mine.stage1.steps, mine.stage1.seed) == (3, 5)
+    path.write_text("stage1: {stepz: 3}\n")
+    with pytest.raises(ConfigError, match=r"my\.yaml[\s\S]*stage1\.stepz"):
+        load_preset("tiny", config=path)
+
+
 def test_the_digest_changes_with_its_sections_and_only_with_them() -> None:
     tiny, other = load_preset("tiny"), load_preset("tiny", ["stage2.steps=1"])
     assert tiny.digest("model", "stage1") == other.digest("model", "stage1")

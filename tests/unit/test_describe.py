@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from fw_model import describe, memory_plan
+from fw_model import describe, full_size, memory_plan
 from fw_model.backbone import WanBackbone
 from fw_model.config import GeometryConfig, ModelConfig, Stage, WanConfig, load_preset
 from fw_model.fantasy_world import FantasyWorld
-from fw_model.full_size import AdamWInBackward
+from fw_model.full_size import AdamWInBackward, Float32Products
 from fw_model.losses import diffusion_loss, geometry_loss, geometry_losses
 from fw_model.memory_plan import choose_optimizer, make_plans, static_bytes
 from fw_model.step_trace import ClipSize, StepTrace, measured_peak, step_inputs, trace_step
@@ -177,3 +177,38 @@ def test_adamw_in_the_backward_pass_is_adamw_and_leaves_no_gradients() -> None:
     in_backward.close()
     worlds[1](**inputs(frames=2)).depth.mean().backward()
     assert any(p.grad is not None for p in groups[1])
+
+
+def test_float32_products_are_rounded_once_and_leave_float32_layers_alone() -> None:
+    x, generator = torch.randn(2, 3, 40, dtype=torch.bfloat16, requires_grad=True), torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(40, 24, dtype=torch.bfloat16)
+    with Float32Products():
+        got = layer(x)
+        assert torch.equal(torch.nn.Linear(4, 4)(torch.ones(4)) * 0, torch.zeros(4))
+    exact = x.float() @ layer.weight.float().mT + layer.bias.float()
+    assert torch.equal(got, exact.bfloat16())
+    up = torch.randn(got.shape, generator=generator).bfloat16()
+    (gradient,) = torch.autograd.grad(got, x, up)
+    torch.testing.assert_close(gradient, (up.float() @ layer.weight.float()).bfloat16())
+    for size, convolution in (((1, 4, 5, 6), torch.nn.Conv2d(4, 8, 3)), ((1, 4, 2, 5, 6), torch.nn.Conv3d(4, 8, (1, 2, 2)))):
+        image = torch.randn(size).bfloat16()
+        with Float32Products():
+            got = convolution.to(torch.bfloat16)(image)
+        assert torch.equal(got, convolution.float()(image.float()).bfloat16())
+
+
+@pytest.mark.parametrize("limit", [20.0, 0.001])
+def test_the_full_size_command_steps_both_stages(
+    limit: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tiny preset; the exit code says whether memory stayed below the limit."""
+    monkeypatch.setattr(full_size, "LIMIT_GIB", limit)
+    monkeypatch.setattr(full_size, "SIZE", ClipSize(5, 32, 48))
+    assert full_size.main(["--preset", "tiny"]) == (0 if limit == 20 else 1)
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads(out[-1])
+    assert found["ok"] == (limit == 20)
+    assert found["stage1"]["parameters"] < found["stage2"]["parameters"]
+    assert found["stage1"]["optimizer"] == found["stage2"]["optimizer"] == ("adamw" if limit == 20 else "adamw in backward")
+    assert 0 < found["stage1"]["peak_gib"] <= found["stage2"]["peak_gib"] <= found["peak_gib"]
+    assert out[0].startswith(f"plan for stage1 in {limit:g} GiB: adamw ")

@@ -21,9 +21,9 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
     pack(tmp_path / "dataset", {"v1": "train", "v2": "train", "v3": "val"}, target_bytes=1)
-    memory = fsspec.filesystem("memory")
-    memory.store.clear()
-    memory.put(str(tmp_path / "dataset"), "/bucket/dataset", recursive=True)
+    fsspec.filesystem("memory").store.clear()
+    for file in (tmp_path / "dataset").iterdir():
+        fsspec.filesystem("memory").pipe_file(f"/bucket/dataset/{file.name}", file.read_bytes())
     return tmp_path / "dataset"
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from fw_pipeline.annotate.types import EngineError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -25,9 +28,10 @@ PUBLISHED = "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"
 _TIED = re.compile(r"(.*\.scratch\.)(?:layer(\d)_rn|layer_rn\.(\d))(\..*)")
 _CLASS = "AsymmetricCroCo3DStereo"  # what an original .pth file calls this network
 _LONGEST_RECIPE = 10_000
+_SAMPLES, _SAMPLE = 512, 4096  # pieces of a local file that name its content, bytes of each
 
 
-class DUSt3RWeightsError(RuntimeError):
+class DUSt3RWeightsError(EngineError):
     """DUSt3R weights that are missing, damaged or of another model; the message says which and what to do."""
 
 
@@ -53,6 +57,28 @@ def read_checkpoint(source: str | Path, revision: str = "main") -> Checkpoint:
     if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix in (".pth", ".safetensors"):
         raise DUSt3RWeightsError(f"{path}: no such file or folder. {_what_to_fetch(PUBLISHED, 'main')}")
     return _download(str(source), revision)
+
+
+def weights_identity(source: str | Path, revision: str = "main") -> str:
+    """Names what `read_checkpoint` would read, without reading it: "repo@revision", or a hash for local files.
+
+    The hash is of names, sizes and a thousandth of the content: weights that were replaced in place are noticed, weights that
+    were moved are the same. Missing files give their path, so that a version can be asked for before anything is there.
+    """
+    path = Path(source).expanduser()
+    found = [path] if path.is_file() else [file for file in (path / CONFIG_FILE, path / WEIGHTS_FILE) if file.is_file()]
+    found = found or sorted(path.glob("*.pth"))
+    if not found:
+        return f"{source}@{revision}"
+    digest = xxhash.xxh64()
+    for file in found:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for place in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                stream.seek(place)
+                digest.update(stream.read(_SAMPLE))
+    return f"local:{digest.hexdigest()}"
 
 
 def complete_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +114,8 @@ def _what_to_fetch(repo: str, revision: str) -> str:
         "Needed once: config.json and model.safetensors, about 2.3 GB, licence CC BY-NC-SA 4.0 (non-commercial use only). "
         "Fetch them on a machine with network access:\n"
         f"  hf download {repo} --revision {revision} {CONFIG_FILE} {WEIGHTS_FILE}\n"
-        "or name a local folder that holds the two files. The colmap engine needs no weights."
+        "or name a local folder that holds the two files (`dust3r_model` in the run config of the resource `pipeline`).\n"
+        "The colmap engine needs no weights: set `geometry: colmap` there, or FW_PROFILE=laptop."
     )
 
 
