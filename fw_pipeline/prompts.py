@@ -100,7 +100,7 @@ class Prompts:
                     )
                 rows.setdefault(row["video"].strip().removeprefix("./"), []).append((reader.line_num, row["prompt"]))
         except csv.Error as error:
-            raise PromptError(f"{CSV_NAME}, line {reader.line_num}: {error}") from error
+            raise PromptError(f"{CSV_NAME}, line {reader.reader.line_num}: {error}") from error
         return rows
 
     def _read(self, path: Path) -> str:
