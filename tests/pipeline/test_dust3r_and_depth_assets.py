@@ -153,7 +153,7 @@ def test_weights_that_are_missing_stop_the_step_at_once_and_say_what_to_fetch_or
     assert event.step_key == "geometry"
     error = event.step_failure_data.error
     assert error is not None
-    message = (error.cause or error).message
+    message = error.to_string()
     for said in ("geometry cannot run", "hf download naver/DUSt3R", "2.3 GB", "CC BY-NC-SA", "geometry: colmap", "FW_PROFILE"):
         assert said in message
     assert not list((environment / "data" / "geometry").glob("*"))
