@@ -246,15 +246,15 @@ class DepthAnythingV2:
         fits: list[DisparityFit | None] = []
         reason = ""
         for d, z, confidence in zip(disparity, geometry.depth, geometry.confidence, strict=True):
-            # The network's last layer cuts off at 0: a 0 only says "at least as far as this".
-            mask = (confidence >= enough) & (d != 0)
+            own, fit = None, None
             try:
-                pixels.append(usable_pixels(d, z, mask))
-                fits.append(fit_pixels(pixels[-1], affine=not self.network.metric))
+                # The network's last layer cuts off at 0: a 0 only says "at least as far as this".
+                own = usable_pixels(d, z, (confidence >= enough) & (d != 0))
+                fit = fit_pixels(own, affine=not self.network.metric)
             except RejectedClip as error:
-                pixels[len(fits) :] = [None]
-                fits.append(None)
                 reason = reason or str(error)
+            pixels.append(own)
+            fits.append(fit)
         if all(fit is None for fit in fits):
             raise RejectedClip(f"{self.name}: not one of {len(fits)} frames could be aligned; the first: {reason}")
         return steady_fits(fits, pixels)
