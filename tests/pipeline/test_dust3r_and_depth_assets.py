@@ -10,6 +10,7 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from fw_model.config import ConfigError
 from fw_model.data.manifest import read_manifest
 from fw_pipeline.annotate.clips import Clip, FrameTransform
 from fw_pipeline.annotate.dust3r import DUSt3R, Dust3rEngine, network_size
@@ -177,6 +178,17 @@ def test_the_profiles_choose_the_annotators(monkeypatch: pytest.MonkeyPatch) -> 
         assert geometry_engine(settings).name == settings.geometry == geometry
         assert depth_engine(settings).name == settings.depth == depth
     assert set(PROFILES) == {"laptop", "gpu"}
+
+
+def test_the_environment_changes_an_annotator_for_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROFILE", "gpu"), ("GEOMETRY", "colmap"), ("DUST3R_WINDOW", "5"), ("DEPTH", "")):
+        monkeypatch.setenv(f"FW_{name}", value)
+    settings = settings_from_env()
+    assert (settings.geometry, settings.depth, settings.dust3r_window) == ("colmap", "depth-anything-v2", 5)
+    assert settings_from_env(geometry="dust3r").geometry == "dust3r"
+    monkeypatch.setenv("FW_GEOMETRY", "colmpa")
+    with pytest.raises(ConfigError, match="geometry: .*colmap"):
+        settings_from_env()
 
 
 @pytest.mark.parametrize(
