@@ -135,13 +135,13 @@ class DepthAnythingV2:
     revision: str = "main"  # branch, tag or commit on the hub; without effect on a folder
     device: str = "cpu"
     dtype: str | torch.dtype = "auto"  # float32 or bfloat16; auto: bfloat16 on a GPU that has it
-    batch: int = 4  # frames at once
+    batch: int | None = None  # frames at once; None: 8 on a GPU, 1 elsewhere, where more are slower (benchmarks/bench_depth.py)
     short_side: int = 518  # pixels the network sees across the frame's short side
     min_inliers: float = 0.4  # share of the confident pixels a fit must explain within 5 %; else geometry's own depth is kept
     name: str = "depth-anything-v2"
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.short_side < 14 or not 0 <= self.min_inliers <= 1:
+        if self.at_once < 1 or self.short_side < 14 or not 0 <= self.min_inliers <= 1:
             raise ValueError(
                 f"batch {self.batch} (at least 1), short_side {self.short_side} (at least 14), "
                 f"min_inliers {self.min_inliers} (0 to 1)"
@@ -169,6 +169,13 @@ class DepthAnythingV2:
         found = getattr(torch, self.dtype, None)
         return found if isinstance(found, torch.dtype) else torch.float64  # refused by __post_init__
 
+    @property
+    def at_once(self) -> int:
+        """Frames in a batch."""
+        if self.batch is not None:
+            return self.batch
+        return 8 if torch.device(self.device).type == "cuda" else 1
+
     @cached_property
     def version(self) -> str:
         """Names code, weights and every setting that changes results. A folder's weights are named by their hash.
@@ -193,9 +200,9 @@ class DepthAnythingV2:
     def disparity(self, frames: np.ndarray) -> np.ndarray:
         """frames [T, h, w, 3] uint8 -> disparity [T, h, w] float32, larger is nearer (1 / metres for the metric variants)."""
         found = np.empty(frames.shape[:3], np.float32)
-        starts = range(0, len(frames), self.batch)
+        starts = range(0, len(frames), self.at_once)
         for start in tqdm(starts, desc="depth", unit=" batches", disable=None, leave=False, delay=5):
-            part = slice(start, start + self.batch)
+            part = slice(start, start + self.at_once)
             found[part] = self.network(frames[part]).cpu().numpy()
         if self.network.metric:
             np.divide(1, found, out=found, where=found > 0)
