@@ -36,7 +36,7 @@ class Settings(Config):
     dust3r_batch: int = Field(8, ge=1)  # images or pairs in one pass
     depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"  # hub repository or folder; also Base, Large, metric
     depth_revision: str = "main"
-    depth_batch: int = Field(8, ge=1)  # frames in one pass
+    depth_batch: int | None = Field(None, ge=1)  # frames in one pass; None: 8 on a GPU, 1 elsewhere
     processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
     val_percent: float = Field(2.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
 
