@@ -91,7 +91,7 @@ def take_step(world: FantasyWorld, preset: Preset, stage: Stage, choice: Optimiz
             latents = inputs["latents"]
             loss = loss + diffusion_loss(output.velocity, torch.randn_like(latents), latents, inputs["timestep"])
         del output
-        loss.backward()
+        torch.autograd.backward(loss)  # loss.backward() would recompute blocks with this mode switched off
     if in_backward is not None:
         in_backward.close()
         return float(loss.detach())

@@ -159,7 +159,7 @@ def trace_step(
                 loss = loss + diffusion_loss(output.velocity, torch.empty_like(latents), latents, inputs["timestep"])
             forward = meter.flops
             del output
-            loss.backward()
+            torch.autograd.backward(loss)  # a caller's function mode stays on, which loss.backward() would switch off
         return StepTrace(
             weights=weights,
             gradients=_bytes([p.grad for p in parameters if p.grad is not None]),
