@@ -11,10 +11,12 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -121,7 +123,7 @@ def trace_step(
     *,
     checkpointing: bool = True,
     bfloat16: bool = True,
-    autocast: bool = True,
+    float32_products: bool = False,
     train_geometry: bool = True,
 ) -> StepTrace:
     """Trace one step of a stage for a batch of clips of one size.
@@ -131,8 +133,8 @@ def trace_step(
         stage: what runs and trains.
         size: the batch.
         checkpointing: recompute activations block by block.
-        bfloat16: the base is stored in bfloat16; otherwise all is float32.
-        autocast: with a bfloat16 base, what trains computes in bfloat16 too, as in training.
+        bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
+        float32_products: with `bfloat16`, no autocast, and the base computes as after `compute_in_float32`.
         train_geometry: as for `FantasyWorld.set_stage`.
 
     Raises:
@@ -144,6 +146,8 @@ def trace_step(
         world = FantasyWorld(config)
         if bfloat16:
             store_in_bfloat16(world.base)
+        if float32_products:
+            compute_in_float32(world.base)
         world.set_stage(stage, train_geometry).enable_gradient_checkpointing(checkpointing)
         parameters = list(world.parameters())
         weights = _bytes(parameters)
@@ -151,7 +155,7 @@ def trace_step(
             for parameter in parameters:
                 meter.add(parameter)
             inputs, targets = step_inputs(config.wan, size)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and autocast):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and not float32_products):
                 output = world(**inputs)
             loss = geometry_loss(geometry_losses(output, targets))
             if output.velocity is not None:
@@ -159,7 +163,7 @@ def trace_step(
                 loss = loss + diffusion_loss(output.velocity, torch.empty_like(latents), latents, inputs["timestep"])
             forward = meter.flops
             del output
-            torch.autograd.backward(loss)  # a caller's function mode stays on, which loss.backward() would switch off
+            loss.backward()
         return StepTrace(
             weights=weights,
             gradients=_bytes([p.grad for p in parameters if p.grad is not None]),
@@ -190,6 +194,20 @@ def store_in_bfloat16(base: WanBackbone) -> None:
     for module in base.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False))
+
+
+def compute_in_float32(base: WanBackbone) -> None:
+    """Let the base's linear layers and convolutions compute in float32; their outputs are in their inputs' dtype, as before."""
+    for layer in base.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            layer.forward = partial(_in_float32, layer)  # type: ignore[method-assign]
+
+
+def _in_float32(layer: nn.Linear | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.float(), weight, bias).to(x.dtype)
+    return layer._conv_forward(x.float(), weight, bias).to(x.dtype)
 
 
 def step_inputs(wan: WanConfig, size: ClipSize) -> tuple[dict[str, Tensor], Targets]:
