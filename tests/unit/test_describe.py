@@ -162,7 +162,8 @@ def test_adamw_in_the_backward_pass_is_adamw_and_leaves_no_gradients() -> None:
     worlds = [small_world().set_stage("stage2") for _ in range(2)]
     groups = [list(world.trainable_parameters().values()) for world in worlds]
     matrices, vectors = [p for p in groups[0] if p.ndim >= 2], [p for p in groups[0] if p.ndim < 2]
-    reference = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3)
+    decay = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(decay, lr=1e-3, fused=True)
     in_backward = AdamWInBackward(groups[1], 1e-3, 0.01)
     for _ in range(3):
         for world in worlds:
