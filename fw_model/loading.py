@@ -62,8 +62,8 @@ class Batches:
             reply = self._replies.get(timeout=self._patience)
         except queue.Empty:
             raise TrainingError(
-                f"no batch for {self._patience:g} s (stall_seconds), waiting for {self._words(due)}. The disk or network it is "
-                "on does not answer; look there, then run the same command again to go on from the last state"
+                f"no batch for {self._patience:g} s (stall_seconds), waiting for {self._words(due)}. Look whether disk and "
+                "network answer, then run the same command again to go on from the last state"
             ) from None
         finally:
             self.waited += time.perf_counter() - started

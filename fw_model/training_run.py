@@ -203,7 +203,7 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     """
     model.set_stage(stage, config.train_geometry)
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
-    model.base.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    model.base.to(base_dtype(config))
     model.to(accelerator.device).train()
     if config.compile:
         for block in [*model.base.transformer.blocks, *model.geodit.blocks]:
@@ -211,6 +211,11 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     if config.sharding == "fsdp" and accelerator.num_processes > 1:
         return shard(model, data_mesh(accelerator.device, accelerator.num_processes))
     return accelerator.prepare(model)
+
+
+def base_dtype(config: StageConfig) -> torch.dtype:
+    """What the frozen base is stored in while a stage runs."""
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
 def load_state(
