@@ -264,7 +264,7 @@ class DepthAnythingV2:
             fits.append(fit)
         if all(fit is None for fit in fits):
             raise RejectedClip(f"{self.name}: not one of {len(fits)} frames could be aligned; the first: {reason}")
-        return steady_fits(fits, pixels)
+        return steady_fits(fits, pixels, affine=not self.network.metric)
 
 
 def depth_from(disparity: np.ndarray, fit: DisparityFit, farthest: float) -> np.ndarray:
