@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 
 from fw_model.checkpoints import (
     CheckpointError,
@@ -124,9 +124,6 @@ def build_run(
     check_claim(output, identity)
     check_optimizer(config, device)
     clips, validation_clips = open_dataset(dataset, preset)
-    base = base_hash(preset.base)
-    if stage1_checkpoint is not None:
-        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
     sampler = ResumableBucketSampler(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed)
     state = latest_state(output / "state")
     progress = Progress()
@@ -135,7 +132,11 @@ def build_run(
         sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
 
-    _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    # One process of a machine reads the base's files; what they hold is compared over machines.
+    base = base_hash(preset.base, contents=accelerator.is_local_main_process)
+    base = _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    if stage1_checkpoint is not None:
+        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
 
     model = FantasyWorld.from_preset(preset)
     if stage1_checkpoint is not None:
@@ -180,12 +181,21 @@ def build_run(
     )
 
 
-def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> None:
-    """Raise TrainingError unless all processes are about to go on with the same run from the same step."""
+def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> str:
+    """Raise TrainingError unless all processes are about to go on with the same run from the same step.
+
+    Args:
+        output: for the message.
+        seen: step, digests of configuration and dataset, hash of the base or "" where this process did not read it.
+
+    Returns the base's hash.
+    """
     everyone = gather_object([seen])
-    if len(set(everyone)) > 1:
+    hashes = {base for *_, base in everyone if base}
+    if len(hashes) > 1 or len({tuple(rest) for *rest, _ in everyone}) > 1:
         lines = [
-            f"process {rank}: step {step}, config {c}, dataset {d}, base {b}" for rank, (step, c, d, b) in enumerate(everyone)
+            f"process {rank}: step {step}, config {c}, dataset {d}, base {b or 'not read'}"
+            for rank, (step, c, d, b) in enumerate(everyone)
         ]
         raise TrainingError(
             f"the processes do not see the same run in {output}:\n  "
@@ -193,6 +203,7 @@ def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> Non
             + "\nOutput, dataset and base must be on "
             "storage that all machines share, or equal copies"
         )
+    return hashes.pop()
 
 
 def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: Accelerator) -> torch.nn.Module:
@@ -250,8 +261,9 @@ def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
             f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
         )
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout))
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not copied to be exchanged
     accelerator = Accelerator(
-        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout]
+        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout, parallel]
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
