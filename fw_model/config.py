@@ -295,6 +295,15 @@ class Preset(Config):
     def stage(self, stage: Stage) -> StageConfig:
         return self.stage1 if stage == "stage1" else self.stage2
 
+    def encode_online(self) -> bool:
+        """Whether the one dataset of both stages holds pictures; raises ConfigError when the stages do not agree on it."""
+        if self.stage1.encode_online != self.stage2.encode_online:
+            raise ConfigError(
+                f"preset {self.name!r}: stage1.encode_online is {self.stage1.encode_online}, stage2.encode_online "
+                f"{self.stage2.encode_online}, but the pipeline packs one dataset for both; set both alike"
+            )
+        return self.stage1.encode_online
+
     def digest(self, *sections: str) -> str:
         """Short stable hash of the named sections (all of them by default), for output folders and cache keys."""
         dumped = self.model_dump(mode="json", include=set(sections) if sections else None)
