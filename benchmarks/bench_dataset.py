@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fw_model.cameras import make_trajectory, unproject
 from fw_model.data.dataset import ClipDataset, collate
-from fw_model.data.manifest import MANIFEST
+from fw_model.data.manifest import MANIFEST, write_table
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
@@ -290,7 +290,7 @@ def large_manifest(path: Path) -> dict[str, float]:
     for column, values in (("clip_id", ids), ("video", [f"folder/{name}.mp4" for name in ids])):
         many = many.set_column(many.column_names.index(column), table.schema.field(column), pa.array(values))
     whole = pa.concat_tables([table, many]).sort_by("clip_id").replace_schema_metadata(table.schema.metadata)
-    pq.write_table(whole, path / MANIFEST, compression="none", write_page_checksum=True)
+    write_table(path / MANIFEST, whole)
     del whole, many, ids
     command = [sys.executable, __file__, "--first-batch", str(path)]
     runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)]

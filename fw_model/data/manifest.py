@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 from numpy.typing import NDArray
 
 from fw_model.data.errors import DatasetError, MissingDatasetError, PackInProgressError
@@ -80,6 +81,7 @@ _MANIFEST_SCHEMA = pa.schema(
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
+_NAMES = _MANIFEST_SCHEMA.names
 _JSON_COLUMNS = ("arrays", "versions", "quality")
 
 
@@ -149,21 +151,31 @@ class Manifest(Sequence[ClipRow]):
 
     def update_digest(self, digest: Any) -> None:
         """Hash what training sees of the rows that are not quarantined, column by column."""
-        good = self.select(self.equal("quarantine", ""))
-        rows = pa.array(good._indices)
-        for column in ("clip_id", "video", "split", "bucket", "fps", "scale", "prompt", "arrays", "xxh64", "versions"):
+        seen = ("clip_id", "video", "split", "bucket", "fps", "scale", "prompt", "arrays", "xxh64", "versions")
+        self.select(self.equal("quarantine", ""))._update(digest, seen)
+
+    def _update(self, digest: Any, columns: Iterable[str]) -> None:
+        rows = pa.array(self._indices)
+        for column in columns:
             digest.update(column.encode())
             if column in _SHARED_COLUMNS:  # codes in the order of first use, whatever the order in the file
-                codes, values = good.codes(column)
+                codes, values = self.codes(column)
                 first = np.sort(_first_of_each(codes, len(values)))
                 renamed = np.zeros(max(1, len(values)), np.int32)
                 renamed[codes[first]] = np.arange(len(first), dtype=np.int32)
                 digest.update(renamed[codes].astype("<i4").tobytes())
                 _update_with_strings(digest, values.take(pa.array(codes[first])))
-            elif pa.types.is_floating(self._table[column].type):
-                digest.update(self._table[column].take(rows).to_numpy().astype("<f8").tobytes())
+            elif pa.types.is_primitive(self._table[column].type):
+                numbers = self._table[column].take(rows).to_numpy()
+                digest.update(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
             else:
                 _update_with_strings(digest, self._table[column].chunk(0).take(rows) if len(rows) else pa.array([], pa.string()))
+
+    def content_hash(self) -> str:
+        """xxh64 of all columns in the order of the file, and of what it says of the files beside it."""
+        digest = xxhash.xxh64((self._table.schema.metadata or {}).get(b"files", b""))
+        self._update(digest, _NAMES)
+        return digest.hexdigest()
 
     def _row(self, record: dict[str, Any]) -> ClipRow:
         try:
@@ -173,6 +185,10 @@ class Manifest(Sequence[ClipRow]):
         except (TypeError, ValueError) as error:
             raise DatasetError(f"{self.file}: clip {record['clip_id']}: bad JSON column ({error})") from error
         return ClipRow(**record)
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _reopen(file: Path, indices: NDArray[np.int64] | None) -> Manifest:
@@ -261,22 +277,30 @@ def read_rows(file: Path) -> Manifest:
 
 @lru_cache(maxsize=4)
 def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
+    parquet = open_parquet(file, checksums=True, shared=_SHARED_COLUMNS)
     try:
-        table = open_parquet(file, checksums=True, shared=_SHARED_COLUMNS).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        table = parquet.read(use_threads=False)
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file}: damaged ({error}); pack the dataset again") from error
-    version = (table.schema.metadata or {}).get(b"format_version", b"?").decode()
+    version = metadata.get("format_version", "?")
     if version != str(FORMAT_VERSION):
         raise DatasetError(f"{file}: format version {version}, this code reads {FORMAT_VERSION}; pack the dataset again")
-    if set(table.column_names) != set(_MANIFEST_SCHEMA.names):
-        raise DatasetError(f"{file}: columns {table.column_names}, expected {_MANIFEST_SCHEMA.names}")
+    if {field.name: _value_type(field.type) for field in table.schema} != dict(zip(_NAMES, _MANIFEST_SCHEMA.types, strict=True)):
+        raise DatasetError(f"{file}: columns {table.schema.to_string()}, expected {_MANIFEST_SCHEMA.to_string()}")
     if empty := [column for column in table.column_names if table[column].null_count]:
         raise DatasetError(f"{file}: nothing in some rows of {empty}; pack the dataset again")
     table = table.unify_dictionaries().combine_chunks()
+    manifest = Manifest(file, table)
+    try:
+        found = manifest.content_hash()
+    except (pa.ArrowException, IndexError) as error:
+        raise DatasetError(f"{file}: damaged ({error}); pack the dataset again") from error
+    if found != metadata.get("xxh64"):  # pages have checksums, but the file's footer, which says how to read them, has none
+        raise DatasetError(f"{file}: damaged (its rows do not have the hash in its footer); pack the dataset again")
     ids = table["clip_id"]
     if len(table) > 1 and not pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py():
-        table = table.take(pc.sort_indices(ids)).unify_dictionaries().combine_chunks()
-    manifest = Manifest(file, table)
+        manifest = Manifest(file, table.take(pc.sort_indices(ids)).unify_dictionaries().combine_chunks())
     manifest.distinct("arrays")  # makes rows of them: broken JSON is found now, not in the middle of an epoch
     manifest.distinct("versions")
     return manifest
@@ -295,7 +319,7 @@ def dataset_digest(path: str | Path) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[ClipRow], files: dict[str, tuple[int, str]] | None = None) -> None:
-    """Write a manifest. Every page carries a checksum, which `read_rows` checks.
+    """Write a manifest, with a checksum of every page and a hash of all, which `read_rows` checks.
 
     files: name -> (bytes, xxh64) of every file beside it, for those who fetch them from elsewhere.
     """
@@ -303,7 +327,17 @@ def write_rows(path: Path, rows: Sequence[ClipRow], files: dict[str, tuple[int, 
     table = pa.Table.from_pylist(records, schema=_MANIFEST_SCHEMA)
     if files is not None:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"files": json.dumps(files, sort_keys=True)})
-    pq.write_table(table, path, compression="none", write_page_checksum=True)
+    write_table(path, table)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a manifest's table, whose metadata says the format version and the files beside it."""
+    coded = table.combine_chunks()
+    for number, column in enumerate(table.column_names):
+        if column in _SHARED_COLUMNS:
+            coded = coded.set_column(number, column, coded[column].dictionary_encode())
+    metadata = {**(table.schema.metadata or {}), b"xxh64": Manifest(path, coded.combine_chunks()).content_hash()}
+    pq.write_table(table.replace_schema_metadata(metadata), path, compression="none", write_page_checksum=True)
 
 
 def dataset_folder(path: str | Path) -> Path:
@@ -326,7 +360,7 @@ def open_parquet(file: Path, checksums: bool = False, shared: Sequence[str] = ()
         return pq.ParquetFile(file, memory_map=True, page_checksum_verification=checksums, read_dictionary=list(shared))
     except FileNotFoundError as error:
         raise DatasetError(f"{file}: missing; pack the dataset again") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:  # KeyError: no column of that name
         raise DatasetError(f"{file}: damaged or truncated ({error}); pack the dataset again") from error
 
 

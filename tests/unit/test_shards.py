@@ -18,6 +18,7 @@ from fw_model.data.manifest import (
     MissingDatasetError,
     dataset_digest,
     read_manifest,
+    write_table,
 )
 from fw_model.data.schema import ARRAYS
 from fw_model.data.shard_reader import ShardReader
@@ -302,7 +303,7 @@ def rewrite_manifest(dataset: Path, edit: Callable[[list[dict]], None], version:
     rows = table.to_pylist()
     edit(rows)
     schema = table.schema if version is None else table.schema.with_metadata({"format_version": version})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), dataset / "manifest.parquet")
+    write_table(dataset / "manifest.parquet", pa.Table.from_pylist(rows, schema=schema))
 
 
 @pytest.mark.parametrize("shard", ["../train-00000-of-00001.parquet", "/etc/passwd", "", "manifest.parquet"])
