@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.dataset import collate
+from fw_model.data.online import Clips
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import Batch
 from fw_model.run_folder import TrainingError
@@ -26,7 +27,7 @@ class Batches:
     give up on it.
     """
 
-    def __init__(self, clips: ClipDataset, sampler: ResumableBucketSampler, workers: int, patience: float) -> None:
+    def __init__(self, clips: Clips, sampler: ResumableBucketSampler, workers: int, patience: float) -> None:
         """workers: data processes, 0 to read in this one; patience: seconds without a batch before `next` gives up."""
         self.waited = 0.0  # seconds spent waiting since `take_wait`
         self._clips = clips
@@ -85,7 +86,7 @@ class Batches:
         self._requests.put(False)
 
     def _words(self, due: list[int]) -> str:
-        rows = [self._clips.rows[index] for index in due]
+        rows = [self._clips.rows[index % len(self._clips)] for index in due]  # a sampler may tell the epoch, too
         return ", ".join(f"clip {row.clip_id} in {self._clips.path / row.shard}" for row in rows)
 
 
