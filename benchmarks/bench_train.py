@@ -89,7 +89,6 @@ def made_record(name: str, size: Size, preset: Preset) -> ClipRecord:
         prompt=PROMPT,
         arrays={
             "latents": rng.normal(size=(16, clip.latent_frames, clip.height // 8, clip.width // 8)).astype(np.float16),
-            "text": rng.normal(size=(wan.text_len, wan.text_dim)).astype(np.float16),
             "image": rng.normal(size=(wan.image_tokens, wan.image_dim)).astype(np.float16),
             "depth": np.broadcast_to(slope, (clip.frames, *slope.shape)).astype(np.float16),
             "confidence": np.full((clip.frames, *slope.shape), 255, np.uint8),
@@ -97,7 +96,7 @@ def made_record(name: str, size: Size, preset: Preset) -> ClipRecord:
             "w2c": cameras.w2c.numpy(),
         },
         quality={},
-        versions={"encoders": preset.encoders.weights.identity},
+        versions=preset.encoders.identities(wan.text_len),
     )
 
 
@@ -105,7 +104,11 @@ def make_dataset(folder: Path, size: Size, preset: Preset) -> Path:
     """Pack `CLIPS` clips into `folder`/dataset; their frames, for the plain way, lie in `folder`/frames."""
     clip = size.clip
     (folder / "frames").mkdir()
+    wan = preset.model.wan
+    text = np.random.default_rng(1).normal(size=(wan.text_len, wan.text_dim)).astype(np.float16)
     with ShardWriter(folder / "dataset") as writer:
+        for prompt in ("", PROMPT):
+            writer.add_text(prompt, text, preset.encoders.identities(wan.text_len)["text"])
         for name in (f"clip-{i}" for i in range(CLIPS)):
             writer.add(made_record(name, size, preset), "train")
             frames = np.random.default_rng(0).integers(0, 256, (clip.frames, clip.height, clip.width, 3), np.uint8)

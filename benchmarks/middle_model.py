@@ -111,7 +111,7 @@ class Size:
         for module in (vae, text, image):
             module.requires_grad_(False)
         side, length = 14 * self.image_side, self.less(512)
-        return Encoders(vae, text, ByT5Tokenizer(), image, image_size=side, text_len=length, identity="made:0")
+        return Encoders(vae, text, ByT5Tokenizer(), image, image_size=side, text_len=length, identities={})
 
 
 FULL = Size("full", 1, ClipSize())

@@ -239,7 +239,9 @@ class StageConfig(Config):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average; else it is validated and saved beside the weights
-    save_every: int = Field(1000, ge=1)
+    save_every: int = Field(1000, ge=1)  # steps from one checkpoint to the next
+    keep_checkpoints: int | None = Field(None, ge=1)  # the newest that stay; None: all of them
+    state_every: int = Field(200, ge=1)  # steps from one state to the next, which is what a crash costs; also with checkpoints
     keep_states: int = Field(2, ge=1)
     validate_every: int = Field(1000, ge=1)
     validation_clips: int = Field(16, ge=1)

@@ -18,36 +18,20 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fw_model.config import Preset, Stage, load_preset
 from fw_model.describe import PUBLISHED, STAGES
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.losses import diffusion_loss, geometry_loss, geometry_losses
 from fw_model.memory_plan import OptimizerChoice, choose_optimizer
-from fw_model.step_trace import ClipSize, step_inputs, store_in_bfloat16, trace_step
+from fw_model.step_trace import ClipSize, compute_in_float32, step_inputs, store_in_bfloat16, trace_step
 
 LIMIT_GIB = 20.0
 SIZE = ClipSize(frames=5, height=64, width=96)
-
-
-class Float32Products(TorchFunctionMode):
-    """Runs linear layers and convolutions of bfloat16 weights in float32; their output is bfloat16 again."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in (F.linear, torch.conv2d, torch.conv3d) or args[1].dtype != torch.bfloat16:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias, *rest = args if len(args) > 2 else (*args, None)
-        bias = None if bias is None else bias.float()
-        return func(x.float(), weight.float(), bias, *rest, **(kwargs or {})).to(torch.bfloat16)
 
 
 class AdamWInBackward:
@@ -84,14 +68,13 @@ def take_step(world: FantasyWorld, preset: Preset, stage: Stage, choice: Optimiz
     in_backward = None
     if choice == "adamw in backward":
         in_backward = AdamWInBackward(parameters, config.learning_rate, config.weight_decay)
-    with Float32Products():
-        output = world(**inputs)
-        loss = geometry_loss(geometry_losses(output, targets), config.camera_weight)
-        if output.velocity is not None:
-            latents = inputs["latents"]
-            loss = loss + diffusion_loss(output.velocity, torch.randn_like(latents), latents, inputs["timestep"])
-        del output
-        loss.backward()
+    output = world(**inputs)
+    loss = geometry_loss(geometry_losses(output, targets), config.camera_weight)
+    if output.velocity is not None:
+        latents = inputs["latents"]
+        loss = loss + diffusion_loss(output.velocity, torch.randn_like(latents), latents, inputs["timestep"])
+    del output
+    loss.backward()
     if in_backward is not None:
         in_backward.close()
         return float(loss.detach())
@@ -116,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     choices: dict[Stage, OptimizerChoice] = {}
     for stage in STAGES:
-        with Float32Products():
-            trace = trace_step(preset.model, stage, SIZE, autocast=False)
+        trace = trace_step(preset.model, stage, SIZE, float32_products=True)
         choices[stage], needs = choose_optimizer(trace, LIMIT_GIB)
         words = ", ".join(f"{name} {need:.1f} GiB" for name, need in needs.items())
         print(f"plan for {stage} in {LIMIT_GIB:g} GiB: {words}; uses {choices[stage]}", flush=True)
@@ -125,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     world = FantasyWorld.from_preset(preset)
     store_in_bfloat16(world.base)
+    compute_in_float32(world.base)
     result: dict[str, object] = {"build_seconds": round(time.perf_counter() - started, 1)}
     print(f"built in {result['build_seconds']} s, peak {peak_gib():.1f} GiB", flush=True)
     finite = True

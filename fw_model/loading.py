@@ -27,15 +27,23 @@ class Batches:
     give up on it.
     """
 
-    def __init__(self, clips: Clips, sampler: ResumableBucketSampler, workers: int, patience: float) -> None:
-        """workers: data processes, 0 to read in this one; patience: seconds without a batch before `next` gives up."""
+    def __init__(
+        self,
+        clips: Clips,
+        sampler: ResumableBucketSampler,
+        workers: int,
+        patience: float,
+        pin_memory: bool = False,
+    ) -> None:
+        """workers: data processes, 0 to read in this one; patience: seconds without a batch before `next` gives up;
+        pin_memory: put batches where a GPU fetches them without waiting for the copy."""
         self.waited = 0.0  # seconds spent waiting since `take_wait`
         self._clips = clips
         self._due = iter(sampler)
         self._patience = patience
         # Its own generator: without one the loader draws its workers' seed from torch's global one.
         options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": _apart, "generator": torch.Generator()}
-        loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, **options)
+        loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **options)
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(iter(loader), self._requests, self._replies), daemon=True).start()
@@ -55,8 +63,8 @@ class Batches:
             reply = self._replies.get(timeout=self._patience)
         except queue.Empty:
             raise TrainingError(
-                f"no batch for {self._patience:g} s (stall_seconds), waiting for {self._words(due)}. The disk or network it is on does not "
-                "answer; look there, then run the same command again to go on from the last state"
+                f"no batch for {self._patience:g} s (stall_seconds), waiting for {self._words(due)}. Look whether disk and "
+                "network answer, then run the same command again to go on from the last state"
             ) from None
         finally:
             self.waited += time.perf_counter() - started
@@ -87,7 +95,7 @@ class Batches:
 
     def _words(self, due: list[int]) -> str:
         rows = [self._clips.rows[index % len(self._clips)] for index in due]  # a sampler may tell the epoch, too
-        return ", ".join(f"clip {row.clip_id} in {self._clips.path / row.shard}" for row in rows)
+        return ", ".join(f"clip {row.clip_id} in {self._clips.path}/{row.shard}" for row in rows)
 
 
 def _serve(loader: Any, requests: queue.SimpleQueue[bool], replies: queue.SimpleQueue[Batch | BaseException]) -> None:

@@ -14,6 +14,8 @@ from torch.optim.adamw import adamw
 from fw_model.config import StageConfig
 from fw_model.run_folder import TrainingError
 
+FUSED = {"cuda"}  # devices on which AdamW is one kernel, without temporaries as large as all gradients
+
 
 def learning_rate(config: StageConfig, step: int) -> float:
     """Rate of a step, counted from 1: linear warm-up, then constant or a cosine down to 0 at the last step."""
@@ -44,7 +46,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) 
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=config.learning_rate)
-    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate)
+    fused = next(iter(parameters.values())).device.type in FUSED
+    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate, fused=fused)
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -79,7 +82,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": host_zeros(parameter), "exp_avg_sq": host_zeros(parameter)}
+            step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+            state |= {"step": step, "exp_avg": host_zeros(parameter), "exp_avg_sq": host_zeros(parameter)}
         moments = [state[name].to(parameter.device, non_blocking=True) for name in ("exp_avg", "exp_avg_sq")]
         adamw(
             [parameter],
@@ -89,6 +93,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             [],
             [state["step"]],
             foreach=False,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -135,8 +140,9 @@ def put_moments_back(
         name, _, field = key.rpartition("/")
         parameter = parameters[name]
         value: Tensor | int
-        if tensor.ndim == 0:  # step counters live on the CPU
-            value = int(tensor) if tensor.dtype == torch.int64 else tensor.clone()
+        if tensor.ndim == 0:  # step counters live on the CPU, a fused step's beside the weight
+            counter = tensor.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+            value = int(tensor) if tensor.dtype == torch.int64 else counter
         elif isinstance(optimizer, OffloadedAdamW):
             value = host_zeros(parameter).copy_(tensor)
         else:

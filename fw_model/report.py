@@ -35,7 +35,7 @@ from fw_model.metrics import Array, absrel, ate, auc, delta125, depth_scale, rel
 from fw_model.objective import SCHEDULE, autocast, fixed_draws, generator_for, predict
 from fw_model.report_page import page
 from fw_model.run_folder import TrainingError, read_result
-from fw_model.training_run import open_dataset
+from fw_model.training_run import base_dtype, open_dataset
 from fw_model.visualize import pick_frames, thumbnail_png
 from fw_model.wan_weights import BaseModelError
 
@@ -108,6 +108,7 @@ def write_report(run: Path, dataset: Path, output: Path, clips: int = 4, device:
     _, held_out = open_dataset(dataset, metadata.preset, metadata.stage, device)
     model = FantasyWorld.from_preset(metadata.preset)
     load_checkpoint(checkpoint, model, metadata.stage, metadata.preset)
+    model.base.to(base_dtype(metadata.preset.stage(metadata.stage)))  # as it was trained
     model.to(device).eval()
     timestep = float(SCHEDULE.timesteps[int((SCHEDULE.sigmas - NOISE_SHARE).abs().argmin())])
     chosen = pick_frames(len(held_out), clips)

@@ -11,10 +11,12 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -121,7 +123,7 @@ def trace_step(
     *,
     checkpointing: bool = True,
     bfloat16: bool = True,
-    autocast: bool = True,
+    float32_products: bool = False,
     train_geometry: bool = True,
     change: Callable[[FantasyWorld], object] | None = None,
 ) -> StepTrace:
@@ -132,8 +134,8 @@ def trace_step(
         stage: what runs and trains.
         size: the batch.
         checkpointing: recompute activations block by block.
-        bfloat16: the base is stored in bfloat16; otherwise all is float32.
-        autocast: with a bfloat16 base, what trains computes in bfloat16 too, as in training.
+        bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
+        float32_products: with `bfloat16`, no autocast, and the base computes as after `compute_in_float32`.
         train_geometry: as for `FantasyWorld.set_stage`.
         change: called with the model before the step, to trace something other than what training does.
 
@@ -146,6 +148,8 @@ def trace_step(
         world = FantasyWorld(config)
         if bfloat16:
             store_in_bfloat16(world.base)
+        if float32_products:
+            compute_in_float32(world.base)
         world.set_stage(stage, train_geometry).enable_gradient_checkpointing(checkpointing)
         if change is not None:
             change(world)
@@ -155,7 +159,7 @@ def trace_step(
             for parameter in parameters:
                 meter.add(parameter)
             inputs, targets = step_inputs(config.wan, size)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and autocast):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and not float32_products):
                 output = world(**inputs)
             loss = geometry_loss(geometry_losses(output, targets))
             if output.velocity is not None:
@@ -201,6 +205,20 @@ def store_in_bfloat16(base: WanBackbone) -> None:
     for module in base.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False))
+
+
+def compute_in_float32(base: WanBackbone) -> None:
+    """Let the base's linear layers and convolutions compute in float32; their outputs are in their inputs' dtype, as before."""
+    for layer in base.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            layer.forward = partial(_in_float32, layer)  # type: ignore[method-assign]
+
+
+def _in_float32(layer: nn.Linear | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.float(), weight, bias).to(x.dtype)
+    return layer._conv_forward(x.float(), weight, bias).to(x.dtype)
 
 
 def step_inputs(wan: WanConfig, size: ClipSize) -> tuple[dict[str, Tensor], Targets]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 
 from fw_model.checkpoints import (
     CheckpointError,
@@ -106,7 +106,7 @@ def build_run(
     preset: Preset,
     stage: Stage,
     identity: RunIdentity,
-    dataset: Path,
+    dataset: str | Path,
     output: Path,
     stage1_checkpoint: Path | None,
     accelerator: Accelerator,
@@ -126,9 +126,6 @@ def build_run(
     check_claim(output, identity)
     check_optimizer(config, device)
     clips, validation_clips = open_dataset(dataset, preset, stage, device)
-    base = base_hash(preset.base)
-    if stage1_checkpoint is not None:
-        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
     sampler = ResumableBucketSampler(
         *(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed),
         tell_epoch=config.augment is not None,
@@ -140,7 +137,11 @@ def build_run(
         sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
 
-    _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    # One process of a machine reads the base's files; what they hold is compared over machines.
+    base = base_hash(preset.base, contents=accelerator.is_local_main_process)
+    base = _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    if stage1_checkpoint is not None:
+        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
 
     model = FantasyWorld.from_preset(preset)
     if stage1_checkpoint is not None:
@@ -177,7 +178,7 @@ def build_run(
         optimizer=optimizer,
         average=average,
         sampler=sampler,
-        batches=Batches(clips, sampler, config.workers, config.stall_seconds),
+        batches=Batches(clips, sampler, config.workers, config.stall_seconds, pin_memory=device.type == "cuda"),
         validation_clips=validation_clips,
         empty_text=clips.empty_text().to(accelerator.device),
         progress=progress,
@@ -185,12 +186,21 @@ def build_run(
     )
 
 
-def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> None:
-    """Raise TrainingError unless all processes are about to go on with the same run from the same step."""
+def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> str:
+    """Raise TrainingError unless all processes are about to go on with the same run from the same step.
+
+    Args:
+        output: for the message.
+        seen: step, digests of configuration and dataset, hash of the base or "" where this process did not read it.
+
+    Returns the base's hash.
+    """
     everyone = gather_object([seen])
-    if len(set(everyone)) > 1:
+    hashes = {base for *_, base in everyone if base}
+    if len(hashes) > 1 or len({tuple(rest) for *rest, _ in everyone}) > 1:
         lines = [
-            f"process {rank}: step {step}, config {c}, dataset {d}, base {b}" for rank, (step, c, d, b) in enumerate(everyone)
+            f"process {rank}: step {step}, config {c}, dataset {d}, base {b or 'not read'}"
+            for rank, (step, c, d, b) in enumerate(everyone)
         ]
         raise TrainingError(
             f"the processes do not see the same run in {output}:\n  "
@@ -198,6 +208,7 @@ def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> Non
             + "\nOutput, dataset and base must be on "
             "storage that all machines share, or equal copies"
         )
+    return hashes.pop()
 
 
 def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: Accelerator) -> torch.nn.Module:
@@ -208,7 +219,7 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     """
     model.set_stage(stage, config.train_geometry)
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
-    model.base.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    model.base.to(base_dtype(config))
     model.to(accelerator.device).train()
     if config.compile:
         for block in [*model.base.transformer.blocks, *model.geodit.blocks]:
@@ -216,6 +227,11 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     if config.sharding == "fsdp" and accelerator.num_processes > 1:
         return shard(model, data_mesh(accelerator.device, accelerator.num_processes))
     return accelerator.prepare(model)
+
+
+def base_dtype(config: StageConfig) -> torch.dtype:
+    """What the frozen base is stored in while a stage runs."""
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
 def load_state(
@@ -250,8 +266,9 @@ def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
             f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
         )
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout))
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not copied to be exchanged
     accelerator = Accelerator(
-        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout]
+        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout, parallel]
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
@@ -285,7 +302,7 @@ def check_accumulation(global_batch: int, batch_per_device: int, processes: int)
 
 
 def open_dataset(
-    dataset: Path, preset: Preset, stage: Stage = "stage1", device: torch.device | str = "cpu"
+    dataset: str | Path, preset: Preset, stage: Stage = "stage1", device: torch.device | str = "cpu"
 ) -> tuple[Clips, Clips]:
     """(training clips, validation clips) of a dataset made for this preset's base and encoders.
 
@@ -310,11 +327,11 @@ def open_dataset(
     return clips, validation_clips
 
 
-def _open_cached(dataset: Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
+def _open_cached(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
     wan = preset.model.wan
     versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
-    for row in clips.rows + validation_clips.rows:
+    for row in (row for split in (clips, validation_clips) for row in split.rows.distinct("bucket", "arrays")):
         found = (clips.text_width, tuple(row.arrays["image"][1]))
         if found != (wan.text_dim, (wan.image_tokens, wan.image_dim)):
             raise TrainingError(
@@ -326,7 +343,7 @@ def _open_cached(dataset: Path, preset: Preset) -> tuple[ClipDataset, ClipDatase
     return clips, validation_clips if len(validation_clips) else clips
 
 
-def _check_size(dataset: Path, row: ClipRow, clip: ClipConfig, channels: int) -> None:
+def _check_size(dataset: str | Path, row: ClipRow, clip: ClipConfig, channels: int) -> None:
     """Refuse a clip that is not of the preset's size, or whose latents are not the VAE's of that size."""
     height, width, frames = row.size
     if row.bucket not in clip.buckets:

@@ -131,7 +131,7 @@ class TruthNetwork:
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, H/16, W/16, 1]: the number of the view. KeyError for an image never shown."""
         self.encoded += len(images)
-        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         numbers = torch.tensor([float(self._known[image.tobytes()]) for image in pixels])
         return numbers[:, None, None, None].expand(-1, images.shape[2] // PATCH, images.shape[3] // PATCH, 1)
 

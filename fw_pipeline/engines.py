@@ -55,5 +55,5 @@ def require_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
         raise EngineError(
             f"device {device!r} cannot be used here: {str(error).partition(chr(10))[0]}\n"
-            f"Set `device: cpu` in the run config of the resource `pipeline`, or FW_PROFILE=laptop."
+            f"Set `device: cpu` in the run config of the resource `pipeline`, FW_DEVICE=cpu, or FW_PROFILE=laptop."
         ) from error

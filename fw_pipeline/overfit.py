@@ -91,7 +91,8 @@ def pack_true_clip(folder: Path, preset: Preset, plan: VideoPlan = VIDEO) -> str
     (video,) = render_demo(videos, (plan,), workers=1)
     clip = clip_io.cut_clips(video, videos, preset.clip, clip_io.video_key(video.name))[0]
     frames = clip_io.read_frames(video, clip, clip.height, clip.width)
-    encoders = Encoders.from_config(preset.encoders, preset.model.wan.text_len)
+    text_len = preset.model.wan.text_len
+    encoders, identities = Encoders.from_config(preset.encoders, text_len), preset.encoders.identities(text_len)
     geometry, depth = true_annotation(video, clip)
     finished = finish_clip(clip, geometry, depth)
     record = ClipRecord(
@@ -102,15 +103,15 @@ def pack_true_clip(folder: Path, preset: Preset, plan: VideoPlan = VIDEO) -> str
         prompt="",
         arrays={
             "latents": encoders.encode_video(frames),
-            "text": encoders.encode_text(""),
             "image": encoders.encode_image(frames[0]),
             **{name: getattr(finished, name) for name in ("depth", "confidence", "intrinsics", "w2c")},
         },
         quality={},
-        versions={"geometry": "truth", "depth": "truth", "encoders": preset.encoders.weights.identity},
+        versions={"geometry": "truth", "depth": "truth", **identities},
     )
     with ShardWriter(folder / "dataset") as writer:
         writer.add(record, "train")
+        writer.add_text("", encoders.encode_text(""), identities["text"])
     return clip.clip_id
 
 
@@ -145,7 +146,7 @@ def measure(preset: Preset, dataset: Path, checkpoint: Path | None) -> dict[str,
     model = FantasyWorld.from_preset(preset).eval()
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, "stage1", preset)
-    batch = collate([ClipDataset(dataset, "train", preset.model.wan.text_len)[0]])
+    batch = collate([ClipDataset(dataset, "train", preset.model.wan.text_len)[0]]).to("cpu")
     sums = dict.fromkeys(LOSS_NAMES["stage1"], 0.0)
     for place in range(DRAWS):
         draws = validation_draws(batch, preset.stage1.seed, place, DRAWS)

@@ -1,7 +1,7 @@
 """What a pipeline run is told: profile, folders, preset, annotators, device. Free of Dagster, so that scripts and tests share it.
 
-`FW_PROFILE` (laptop | gpu), `FW_PRESET`, `FW_DATA` and `FW_VIDEOS` choose; the Dagster resource `pipeline`
-overrides any field per run.
+`FW_PROFILE` (laptop | gpu) chooses a profile; `FW_` and a field's name in capitals sets that field for every command
+(`FW_DATA`, `FW_VIDEOS`, `FW_PRESET`, `FW_GEOMETRY`, ...); the Dagster resource `pipeline` overrides any field per run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Settings(Config):
     dust3r_batch: int = Field(8, ge=1)  # images or pairs in one pass
     depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"  # hub repository or folder; also Base, Large, metric
     depth_revision: str = "main"
-    depth_batch: int = Field(8, ge=1)  # frames in one pass
+    depth_batch: int | None = Field(None, ge=1)  # frames in one pass; None: 8 on a GPU, 1 elsewhere
     processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
     val_percent: float = Field(2.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
 
@@ -58,9 +58,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def settings_from_env(**overrides: Any) -> Settings:
-    """Settings of the profile in FW_PROFILE (default laptop), then FW_PRESET, FW_DATA and FW_VIDEOS, then `overrides`.
+    """Settings of the profile in FW_PROFILE (default laptop), then FW_<FIELD> of each field, then `overrides`.
 
-    An override that is None is left out.
+    FW_DATA also moves the videos, unless FW_VIDEOS says otherwise. Preset overrides are for run config only. An override that
+    is None, and a variable that is empty, is left out.
 
     Raises ConfigError for an unknown profile or a field that does not fit.
     """
@@ -68,12 +69,11 @@ def settings_from_env(**overrides: Any) -> Settings:
     if profile not in PROFILES:
         raise ConfigError(f"FW_PROFILE={profile!r}: no such profile; there are {', '.join(PROFILES)}")
     values = dict(PROFILES[profile])
-    if preset := os.environ.get("FW_PRESET"):
-        values["preset"] = preset
     if data := os.environ.get("FW_DATA"):
-        values |= {"data": _absolute(data), "videos": _absolute(data) / "videos"}
-    if videos := os.environ.get("FW_VIDEOS"):
-        values["videos"] = _absolute(videos)
+        values["videos"] = _absolute(data) / "videos"
+    for field in Settings.model_fields.keys() - {"overrides"}:
+        if value := os.environ.get(f"FW_{field.upper()}"):
+            values[field] = value
     values |= {key: value for key, value in overrides.items() if value is not None}
     for key in ("data", "videos"):
         if key in values:

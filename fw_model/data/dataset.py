@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest, read_texts
+from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, parse_arrays, read_manifest, read_text_rows
+from fw_model.data.remote import is_remote
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
     """The clips of one split, ordered by clip id, as dictionaries with the fields of a `Batch` without its first dimension
-    (`clip_id` a string). The annotator's confidence stays in the shard: no loss reads it.
+    (`clip_id` a string), in the dtypes in which they are stored. The annotator's confidence stays in the shard: no loss
+    reads it. Points are derived from depth and cameras on the device (`losses.make_targets`).
 
-    Shards are opened on first use in each process, so the object can be sent to DataLoader workers. Text is zero-padded to
+    Of the manifest it holds columns and index arrays, no object per clip, so a million clips take some hundred MB. It is
+    sent to other processes as the name of the dataset; shards are opened on first use in each. Text is zero-padded to
     `text_len`.
     """
 
@@ -32,92 +36,122 @@ class ClipDataset(Dataset[dict[str, Any]]):
         verify_hash: bool = True,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        """path: the dataset's folder; versions: what the clips must have been made by, e.g. {"encoders": id}.
+        """path: the dataset's folder, or the URL of one (see `fw_model.data.remote`); verify_hash: check every clip that is
+        read against the hash in the manifest; versions: what the clips must have been made by, e.g. {"vae": id}.
 
         Raises MissingDatasetError when there is no dataset; DatasetError when its train split is empty, a clip's text is
         longer than `text_len`, or a clip was made by something else than `versions` say. A val split may be empty.
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-        self.path = Path(path).absolute()
+        self.path: str | Path = str(path) if is_remote(path) else Path(path).absolute()
         self.split = split
         self.text_len = text_len
         self.verify_hash = verify_hash
-        self.rows = [row for row in read_manifest(self.path) if row.split == split and not row.quarantine]
-        if not self.rows and split == "train":
+        self._manifest = read_manifest(self.path)
+        self._texts = read_text_rows(self.path, self._manifest)
+        self._index()
+        if not len(self) and split == "train":
             raise DatasetError(f"{self.path}: no clip in its train split; see: python -m fw_model.data info {self.path}")
-        self.texts = read_texts(self.path)
-        for row in self.rows:
+        self._check(versions or {})
+
+    def _index(self) -> None:
+        """The rows of this split, and for each the place of its prompt among the texts (-1: none)."""
+        self._reader: ShardReader | None = None
+        good = self._manifest.equal("quarantine", "")
+        self.rows = self._manifest.select(good & self._manifest.equal("split", self.split))
+        codes, prompts = self.rows.codes("prompt")
+        text_codes, text_prompts = self._texts.codes("prompt")
+        place = np.full(len(text_prompts) + 1, -1, np.int32)
+        place[text_codes] = np.arange(len(self._texts), dtype=np.int32)
+        found = pc.index_in(prompts, text_prompts).fill_null(len(text_prompts)).to_numpy()
+        self._text_of = place[found[codes]] if len(codes) else np.zeros(0, np.int32)
+
+    def _check(self, versions: Mapping[str, str]) -> None:
+        for row in self.rows.distinct("arrays", "versions"):
             if "video" in row.arrays:
                 raise DatasetError(
                     f"{self.path}: clip {row.clip_id} is not encoded yet (it has pictures, no latents); encode it while training "
                     "with encode_online: true (fw_model.data.online.OnlineEncodedClips), or pack it with the latents step"
                 )
-            length = self._text_row(row).arrays["text"][1][0]
-            if length > text_len:
-                raise DatasetError(f"{self.path}: clip {row.clip_id} has {length} text tokens, the model takes {text_len}")
-            for key, wanted in (versions or {}).items():
+            for key, wanted in versions.items():
                 if row.versions.get(key) != wanted:
                     raise DatasetError(
                         f"{self.path}: clip {row.clip_id} was made by {key} {row.versions.get(key)!r}, but this run needs "
                         f"{wanted!r}; pack the dataset again (python -m fw_pipeline.launch build_dataset)"
                     )
-        self._reader: ShardReader | None = None
+        for index in np.flatnonzero(self._text_of < 0)[:1]:
+            row = self.rows[int(index)]
+            raise DatasetError(
+                f"{self.path}: clip {row.clip_id}: no embedding of its prompt {row.prompt!r}; pack the dataset again"
+            )
+        for index in np.flatnonzero(self._text_lengths()[self._text_of] > self.text_len)[:1]:
+            row, text = self.rows[int(index)], self._texts[int(self._text_of[index])]
+            raise DatasetError(
+                f"{self.path}: clip {row.clip_id} has {text.arrays['text'][1][0]} text tokens, the model takes {self.text_len}"
+            )
+
+    def _text_lengths(self) -> np.ndarray:
+        """Tokens of each text, [len(texts)]."""
+        codes, values = self._texts.codes("arrays")
+        return np.array([parse_arrays(value)["text"][1][0] for value in values.to_pylist()], np.int64)[codes]
 
     @property
     def buckets(self) -> list[str]:
         """The bucket "HxWxT" of every index, for the sampler."""
-        return [row.bucket for row in self.rows]
+        codes, values = self.rows.codes("bucket")
+        names = values.to_pylist()
+        return [names[code] for code in codes.tolist()]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip; raises DatasetError naming shard and clip when its bytes are damaged."""
+        """One clip; raises DatasetError naming shard and clip when its bytes are damaged, missing or of another pack."""
         row = self.rows[index]
         arrays = self.read(row)
-        depth = _tensor(arrays["depth"])
+        names = ("latents", "image", "depth", "intrinsics", "w2c")
         return {
             "clip_id": row.clip_id,
-            "latents": _tensor(arrays["latents"]),
-            "text": self._text(self._text_row(row)),
-            "image": _tensor(arrays["image"]),
-            "depth": depth,
-            "valid": depth > 0,
-            "intrinsics": _tensor(arrays["intrinsics"]),
-            "w2c": _tensor(arrays["w2c"]),
+            "text": self._text(self._texts[int(self._text_of[index])]),
+            **{name: torch.from_numpy(arrays[name]) for name in names},
         }
 
     def read(self, row: ClipRow) -> dict[str, np.ndarray]:
         """The arrays of a row as they are stored."""
         if self._reader is None:
-            self._reader = ShardReader(self.path, self.verify_hash)
+            self._reader = ShardReader(self.path, self.verify_hash, manifest=self._manifest)
         return self._reader.read(row)
 
     @property
     def text_width(self) -> int:
         """Width D of the prompt embeddings."""
-        return self.texts[""].arrays["text"][1][1]
+        return self._empty_prompt.arrays["text"][1][1]
 
     def empty_text(self) -> torch.Tensor:
-        """The empty prompt's embedding [text_len, D], as the samples have theirs; for dropping prompts in training."""
-        return self._text(self.texts[""])
+        """The empty prompt's embedding [text_len, D] in float32, padded as the samples' are; for dropping prompts in training."""
+        return self._text(self._empty_prompt).float()
 
-    def _text_row(self, row: ClipRow) -> ClipRow:
-        if row.prompt not in self.texts:
-            raise DatasetError(
-                f"{self.path}: clip {row.clip_id}: no embedding of its prompt {row.prompt!r}; pack the dataset again"
-            )
-        return self.texts[row.prompt]
+    @property
+    def _empty_prompt(self) -> ClipRow:
+        empty = self._texts.select(self._texts.equal("prompt", ""))
+        if not len(empty):
+            raise DatasetError(f"{self.path}: no embedding of the empty prompt; pack the dataset again")
+        return empty[0]
 
     def _text(self, row: ClipRow) -> torch.Tensor:
         embedding = self.read(row)["text"]
-        text = torch.zeros(self.text_len, embedding.shape[1])
-        text[: len(embedding)] = torch.from_numpy(embedding.astype(np.float32))
-        return text
+        text = np.zeros((self.text_len, embedding.shape[1]), embedding.dtype)
+        text[: len(embedding)] = embedding
+        return torch.from_numpy(text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reader": None}  # memory maps stay with the process that opened them
+        """Manifests are pickled as the names of their files; memory maps stay with the process that opened them."""
+        return {**vars(self), "_reader": None, "rows": None, "_text_of": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._index()
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
@@ -135,8 +169,3 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
                 )
     stacked = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     return Batch(clip_ids=[sample["clip_id"] for sample in samples], **stacked)
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """A float32 tensor of its own: what was read is a read-only view of the shard."""
-    return torch.from_numpy(array.astype(np.float32))

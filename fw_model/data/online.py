@@ -22,6 +22,7 @@ from fw_model.config import AugmentConfig, ConfigError, Preset, StageConfig
 from fw_model.data.augment import AugmentDraw, RawClip, augment_clip, draw_augment, frames_needed
 from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest
+from fw_model.data.remote import is_remote
 from fw_model.data.shard_reader import ShardReader
 from fw_model.encoders import Encoders
 
@@ -56,21 +57,25 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-        self.path = Path(path).absolute()
+        self.path: str | Path = str(path) if is_remote(path) else Path(path).absolute()
         self.split = split
         self.encoders = encoders
         self.text_len = encoders.text_len
-        self.rows = [row for row in read_manifest(self.path) if row.split == split and not row.quarantine]
+        manifest = read_manifest(self.path)
+        self.rows = manifest.select(manifest.equal("quarantine", "") & manifest.equal("split", split))
         self.frames, self.augment, self.seed = frames, augment, seed
-        for row in self.rows:
+        for row in self.rows.distinct("bucket", "arrays"):
             _check_pictures(self.path, row, self._frames_of(row), augment)
-        self._reader = ShardReader(self.path, verify_hash)
+        self._reader = ShardReader(self.path, verify_hash, manifest=manifest)
         self._embed = lru_cache(maxsize=256)(self._text)
 
     @property
     def buckets(self) -> list[str]:
         """The bucket "HxWxT" of every index, for the sampler."""
-        return [f"{row.size[0]}x{row.size[1]}x{self._frames_of(row)}" for row in self.rows]
+        codes, values = self.rows.codes("bucket")
+        sides = [bucket.rsplit("x", 1) for bucket in values.to_pylist()]
+        names = [f"{side}x{self.frames or frames}" for side, frames in sides]
+        return [names[code] for code in codes.tolist()]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,21 +87,17 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         arrays = self._reader.read(row)
         frames = self._decode(row, arrays.pop("video"))
         clip = augment_clip(RawClip(frames, **arrays, scale=row.scale, fps=row.fps), self._draw(row, epoch, index))
-        depth = _tensor(clip.depth)
         return {
             "clip_id": row.clip_id,
-            "latents": _tensor(self.encoders.encode_video(clip.frames)),
+            "latents": torch.from_numpy(self.encoders.encode_video(clip.frames)),
             "text": self._embed(row.prompt).clone(),
-            "image": _tensor(self.encoders.encode_image(clip.frames[0])),
-            "depth": depth,
-            "valid": depth > 0,
-            "intrinsics": _tensor(clip.intrinsics),
-            "w2c": _tensor(clip.w2c),
+            "image": torch.from_numpy(self.encoders.encode_image(clip.frames[0])),
+            **{name: torch.from_numpy(getattr(clip, name)) for name in ("depth", "intrinsics", "w2c")},
         }
 
     def empty_text(self) -> torch.Tensor:
-        """The empty prompt's embedding [text_len, D]."""
-        return self._embed("").clone()
+        """The empty prompt's embedding [text_len, D] in float32, padded as the samples' are."""
+        return self._embed("").float()
 
     def _frames_of(self, row: ClipRow) -> int:
         return self.frames or row.size[2]
@@ -107,7 +108,7 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         return draw_augment(self.augment, self._frames_of(row), row.size[2], self.seed, epoch, index)
 
     def _decode(self, row: ClipRow, video: np.ndarray) -> np.ndarray:
-        where = f"{self.path / row.shard}: clip {row.clip_id}"
+        where = f"{self.path}/{row.shard}: clip {row.clip_id}"
         try:
             frames = decode_video(video.tobytes())
         except av.FFmpegError as error:
@@ -119,9 +120,9 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
 
     def _text(self, prompt: str) -> torch.Tensor:
         embedding = self.encoders.encode_text(prompt)
-        text = torch.zeros(self.text_len, embedding.shape[1])
-        text[: len(embedding)] = _tensor(embedding)
-        return text
+        text = np.zeros((self.text_len, embedding.shape[1]), embedding.dtype)
+        text[: len(embedding)] = embedding
+        return torch.from_numpy(text)
 
 
 Clips = ClipDataset | OnlineEncodedClips  # what training reads
@@ -145,7 +146,8 @@ def open_online(
         raise ConfigError(
             f"encode_online: the encoders run on {device}, which data workers cannot use; set workers: 0 (it is {config.workers})"
         )
-    rows = [row for row in read_manifest(path) if not row.quarantine]
+    manifest = read_manifest(path)
+    rows = manifest.select(manifest.equal("quarantine", "")).distinct("split", "bucket", "arrays")
     for row in rows:
         _check_pictures(path, row, preset.clip.frames, augment)
         _check_size(path, row, preset, augment)
@@ -225,7 +227,3 @@ def encode_video(frames: np.ndarray, fps: float) -> np.ndarray:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return np.frombuffer(file.getvalue(), np.uint8)
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float32))

@@ -7,6 +7,7 @@ the first camera, and `scale` is what the annotator's units were divided by.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,23 +48,35 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of one bucket, stacked. Floating tensors are float32 unless moved otherwise."""
+    """Clips of one bucket, stacked. Floating tensors have the dtype in which they are stored until `to` moves the batch."""
 
     clip_ids: list[str]
     latents: torch.Tensor  # [B, 16, F, H/8, W/8]
     text: torch.Tensor  # [B, text_len, text_dim], zero-padded
     image: torch.Tensor  # [B, image_tokens, image_dim]
-    depth: torch.Tensor  # [B, T, H, W]
-    valid: torch.Tensor  # [B, T, H, W] bool
+    depth: torch.Tensor  # [B, T, H, W], 0 = invalid
     intrinsics: torch.Tensor  # [B, T, 3, 3]
     w2c: torch.Tensor  # [B, T, 3, 4]
 
     def __len__(self) -> int:
         return len(self.clip_ids)
 
+    @property
+    def valid(self) -> torch.Tensor:
+        """[B, T, H, W] bool: where depth is known."""
+        return self.depth > 0
+
     def to(self, device: torch.device | str) -> Batch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Batch(clip_ids=self.clip_ids, **moved)
+        """The batch on a device, in float32: half the bytes travel, and are widened there."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True).float())
+
+    def pin_memory(self) -> Batch:
+        """What a DataLoader with `pin_memory` asks for."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Batch(clip_ids=self.clip_ids, **changed)
 
 
 def bucket_of(record: ClipRecord) -> str:

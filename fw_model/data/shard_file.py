@@ -81,7 +81,7 @@ def finished_shards(folder: Path) -> list[FinishedShard]:
     found = []
     for file in sorted(folder.glob("*.shard")):
         try:
-            found.append(FinishedShard(file, read_rows(file.with_suffix(".rows"))))
+            found.append(FinishedShard(file, list(read_rows(file.with_suffix(".rows")))))
         except DatasetError:  # not closed, or by another version of this code: its clips are written again
             continue
     used = {path for shard in found for path in (shard.file, shard.file.with_suffix(".rows"))}

@@ -42,7 +42,7 @@ from fw_model.data.manifest import (
     read_texts,
     write_rows,
 )
-from fw_model.data.payload import Payload
+from fw_model.data.payload import Payload, file_hash
 from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_file import FinishedShard, ShardFile, finished_shards
 from fw_model.data.shard_reader import ShardReader
@@ -83,6 +83,7 @@ class ShardWriter:
         self._closed: list[FinishedShard] = []
         self._earlier: dict[str, tuple[FinishedShard, ClipRow]] = {}  # rows of the last dataset and of an interrupted pack
         self._whole: dict[Path, bool] = {}
+        self._hashes: dict[Path, tuple[int, str]] = {}  # of the last dataset's files
         self._split_of_video: dict[str, str] = {}
         self._numbers = 0
         self._lock: IO[str] | None = None
@@ -229,7 +230,9 @@ class ShardWriter:
         try:
             folder = dataset_folder(self.path)
             by_shard: dict[Path, list[ClipRow]] = {}
-            for row in (*read_manifest(folder), *read_texts(folder).values()):
+            manifest = read_manifest(folder)
+            self._hashes = {folder / name: known for name, known in manifest.shards.items()}
+            for row in (*manifest, *read_texts(folder).values()):
                 if not row.quarantine:
                     by_shard.setdefault(folder / row.shard, []).append(row)
             shards = [FinishedShard(file, rows) for file, rows in by_shard.items()]
@@ -305,16 +308,19 @@ class ShardWriter:
         whole = whole_folder(self.path)
         whole.mkdir()
         names: dict[str, str] = {}
+        files: dict[str, tuple[int, str]] = {}
         for split in (*SPLITS, TEXT_SPLIT):
             shards = [shard for shard in (*linked, *self._closed) if shard.split == split]
             for i, shard in enumerate(sorted(shards, key=lambda shard: shard.bucket)):  # old ones before new ones
                 names[str(shard.file)] = name = f"{split}-{i:05d}-of-{len(shards):05d}.parquet"
                 link(shard.file, whole / name)
+                files[name] = self._hashes.get(shard.file) or file_hash(whole / name)
         for file, rows in ((TEXTS, self._texts), (MANIFEST, self._rows)):
             final = [replace(row, shard=names.get(row.shard, "")) for row in sorted(rows.values(), key=lambda row: row.clip_id)]
-            write_rows(whole / f".{file}", final)
+            write_rows(whole / f".{file}", final, files if file == MANIFEST else None)
             fsync(whole / f".{file}")
             (whole / f".{file}").rename(whole / file)
+            files[file] = file_hash(whole / file)
         fsync(whole)
         swap_in(self.path)
         remove(self._work)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fw_pipeline.annotate.clips import file_xxh64
 from fw_pipeline.annotate.disparity import DisparityFit, Pixels, fit_pixels, steady_fits, usable_pixels
-from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, EngineError, RejectedClip
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ FARTHEST = 4.0  # depth beyond this many times the farthest the geometry has see
 AGREEMENT = 0.05  # relative disagreement of the two depths that halves a pixel's confidence
 
 
-class DepthModelError(RuntimeError):
+class DepthModelError(EngineError):
     """A depth network that is missing, damaged, of another kind or too large; the message says which and what to do."""
 
 
@@ -264,7 +264,7 @@ class DepthAnythingV2:
             fits.append(fit)
         if all(fit is None for fit in fits):
             raise RejectedClip(f"{self.name}: not one of {len(fits)} frames could be aligned; the first: {reason}")
-        return steady_fits(fits, pixels)
+        return steady_fits(fits, pixels, affine=not self.network.metric)
 
 
 def depth_from(disparity: np.ndarray, fit: DisparityFit, farthest: float) -> np.ndarray:

@@ -173,7 +173,9 @@ def _median_ratio(pixels: Pixels, why: str) -> DisparityFit:
 # --------------------------------------------------------------------------------------------------------- over a clip
 
 
-def steady_fits(fits: Sequence[DisparityFit | None], pixels: Sequence[Pixels | None]) -> list[DisparityFit | None]:
+def steady_fits(
+    fits: Sequence[DisparityFit | None], pixels: Sequence[Pixels | None], affine: bool = True
+) -> list[DisparityFit | None]:
     """Smooth scale and shift over the frames of a clip, robustly, as far as the frames themselves bear it out.
 
     Every frame's fit is replaced by a local line through its neighbours' (Cleveland's robust locally weighted regression, over 9
@@ -185,6 +187,7 @@ def steady_fits(fits: Sequence[DisparityFit | None], pixels: Sequence[Pixels | N
     Args:
         fits: one per frame; None where nothing could be fitted, which stays None.
         pixels: what each was fitted to.
+        affine: as for `fit_pixels`; without it every shift stays exactly 0.
     """
     real = np.array([fit is not None and not fit.fallback for fit in fits])
     if real.sum() < 3:
@@ -192,7 +195,7 @@ def steady_fits(fits: Sequence[DisparityFit | None], pixels: Sequence[Pixels | N
     everything = np.concatenate(
         [p.d[:: max(1, len(p.d) // 500)] for p, use in zip(pixels, real, strict=True) if p is not None and use]
     )
-    far, near = np.quantile(everything, [0.1, 0.9])
+    far, near = np.quantile(everything, [0.1, 0.9]) if affine else (0.0, np.quantile(everything, 0.9))
     if not near > far:
         return list(fits)
     rows = [(f.scale * far + f.shift, f.scale * near + f.shift, f.inlier_ratio) if f else (0.0, 0.0, 0.0) for f in fits]

@@ -10,6 +10,7 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from fw_model.config import ConfigError
 from fw_model.data.manifest import read_manifest
 from fw_pipeline.annotate.clips import Clip, FrameTransform
 from fw_pipeline.annotate.dust3r import DUSt3R, Dust3rEngine, network_size
@@ -153,7 +154,7 @@ def test_weights_that_are_missing_stop_the_step_at_once_and_say_what_to_fetch_or
     assert event.step_key == "geometry"
     error = event.step_failure_data.error
     assert error is not None
-    message = (error.cause or error).message
+    message = error.to_string()
     for said in ("geometry cannot run", "hf download naver/DUSt3R", "2.3 GB", "CC BY-NC-SA", "geometry: colmap", "FW_PROFILE"):
         assert said in message
     assert not list((environment / "data" / "geometry").glob("*"))
@@ -177,6 +178,17 @@ def test_the_profiles_choose_the_annotators(monkeypatch: pytest.MonkeyPatch) -> 
         assert geometry_engine(settings).name == settings.geometry == geometry
         assert depth_engine(settings).name == settings.depth == depth
     assert set(PROFILES) == {"laptop", "gpu"}
+
+
+def test_the_environment_changes_an_annotator_for_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROFILE", "gpu"), ("GEOMETRY", "colmap"), ("DUST3R_WINDOW", "5"), ("DEPTH", "")):
+        monkeypatch.setenv(f"FW_{name}", value)
+    settings = settings_from_env()
+    assert (settings.geometry, settings.depth, settings.dust3r_window) == ("colmap", "depth-anything-v2", 5)
+    assert settings_from_env(geometry="dust3r").geometry == "dust3r"
+    monkeypatch.setenv("FW_GEOMETRY", "colmpa")
+    with pytest.raises(ConfigError, match="geometry: .*colmap"):
+        settings_from_env()
 
 
 @pytest.mark.parametrize(

@@ -44,20 +44,23 @@ def test_splits_hold_their_clips_in_the_order_of_ids(dataset: Path) -> None:
     assert ClipDataset(dataset, "train", 8).buckets == ["32x48x5"] * 3
 
 
-def test_a_sample_holds_the_clips_numbers_as_float32(dataset: Path) -> None:
+def test_a_sample_holds_the_clips_numbers_as_they_are_stored_and_the_device_widens_them(dataset: Path) -> None:
     sample, arrays = ClipDataset(dataset, "train", 8)[1], make_record("v2").arrays
+    batch = collate([sample])
     assert sample["clip_id"] == "v2"
     for name in ("latents", "image", "depth", "intrinsics", "w2c"):
-        assert sample[name].dtype == torch.float32
-        np.testing.assert_array_equal(sample[name].numpy(), arrays[name].astype(np.float32))
-    assert torch.equal(sample["valid"], sample["depth"] > 0)
-    assert not sample["valid"][:, :2].any()
+        np.testing.assert_array_equal(sample[name].numpy(), arrays[name], strict=True)
+        moved = getattr(batch.to("cpu"), name)
+        assert moved.dtype == torch.float32
+        np.testing.assert_array_equal(moved[0].numpy(), arrays[name].astype(np.float32))
+    assert torch.equal(batch.valid, batch.depth > 0)
+    assert not batch.valid[:, :, :2].any()
 
 
 def test_text_is_zero_padded(dataset: Path) -> None:
     text = ClipDataset(dataset, "train", 8)[0]["text"]
     assert text.shape == (8, 16)
-    np.testing.assert_array_equal(text[:3].numpy(), make_text("prompt of v1").astype(np.float32))
+    np.testing.assert_array_equal(text[:3].numpy(), make_text("prompt of v1"))
     assert (text[3:] == 0).all()
 
 

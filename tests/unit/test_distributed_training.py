@@ -22,7 +22,7 @@ from tests.unit.made_scenes import pack_scenes
 from tests.unit.test_train import numbers, small_preset, stop_at
 
 # Validation lies between two training steps: what it leaves behind in a sharded model must not be trained on.
-PER_DEVICE = ("global_batch=4", "batch_per_device=1", "steps=3", "validate_every=2", "ema_decay=0.5")
+PER_DEVICE = ("global_batch=4", "batch_per_device=1", "steps=3", "validate_every=2", "ema_decay=0.5", "collective_timeout=555")
 
 
 def preset_of(*overrides: str) -> Preset:
@@ -90,7 +90,12 @@ def check_shards(folder: Path) -> None:
         assert torch.equal(gathered[name], tensor), name
         assert torch.equal(ours[name], tensor), name
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-    shares = {"held": held, "whole": sum(tensor.numel() for tensor in before.values())}
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    shares = {
+        "timeout": backend.options._timeout.total_seconds(),
+        "held": held,
+        "whole": sum(tensor.numel() for tensor in before.values()),
+    }
     if main:
         (folder / "shares.json").write_text(json.dumps(shares))
 
@@ -140,6 +145,10 @@ def test_sharded_stage_2_follows_the_unsharded_one(runs: Path) -> None:
 def test_a_process_holds_half_of_the_sharded_weights(runs: Path) -> None:
     shares = json.loads((runs / "shares.json").read_text())
     assert 0.5 <= shares["held"] / shares["whole"] < 0.75  # at this size what stays whole of the base weighs more than at full
+
+
+def test_processes_wait_for_each_other_as_long_as_configured(runs: Path) -> None:
+    assert json.loads((runs / "shares.json").read_text())["timeout"] == 555
 
 
 def test_a_bad_clip_on_one_process_is_passed_over_by_both_alike(runs: Path) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fw_model.backbone import WanBackbone
 from fw_model.config import ModelConfig, Preset, Stage, load_preset
@@ -419,46 +418,6 @@ def test_a_preset_with_a_published_base_loads_it(tiny: Preset, tmp_path: Any) ->
     pcb = tiny.model.geometry.pcb_blocks
     copied = made.transformer.blocks[pcb].attn1.to_q.weight.bfloat16().float()
     assert torch.equal(world.geodit.blocks[0].global_attention.q.weight, copied)
-
-
-# ---- it learns
-
-
-def scene(frames: int = 5, height: int = 32, width: int = 48) -> tuple[Tensor, Tensor, Tensor]:
-    """Depth, points and pose encoding of a smooth moving scene without any texture."""
-    v, u = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    t = torch.linspace(0, 1, frames)[:, None, None]
-    depth = 1 + 0.3 * u - 0.2 * v * t + 0.4 * (((u - 0.5 * t) ** 2 + v**2) < 0.3)
-    points = torch.stack([depth * u + 0.3 * t, depth * v, depth + 0.1 * t], dim=-1)
-    pose = torch.zeros(frames, 9)
-    pose[:, 0], pose[:, 2] = -0.3 * t.flatten(), 0.2 * t.flatten()
-    pose[:, 4], pose[:, 6] = (0.2 * t.flatten()).sin(), (0.2 * t.flatten()).cos()
-    pose[:, 7], pose[:, 8] = 1.2, 1.6
-    return depth[None], points[None], pose[None]
-
-
-def test_a_hundred_steps_on_one_clip_learn_depth_points_and_poses() -> None:
-    world = small_world()
-    depth, points, pose = scene()
-    optimizer = torch.optim.AdamW(world.trainable_parameters().values(), lr=1e-3)
-    history = []
-    for _ in range(100):
-        output = world(**inputs(frames=2))
-        error = (output.points - points).abs().sum(-1)
-        losses = torch.stack(
-            [
-                (output.depth - depth).abs().mean(),
-                (output.points_conf * error - 0.2 * output.points_conf.log()).mean(),
-                F.huber_loss(output.pose_encodings[-1], pose),
-            ]
-        )
-        history.append(torch.stack([losses[0], error.mean(), losses[2]]).tolist())
-        losses.sum().backward()
-        nn.utils.clip_grad_norm_(world.trainable_parameters().values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    first, last = torch.tensor(history[0]), torch.tensor(history[-5:]).mean(0)
-    assert (last < torch.tensor([0.5, 0.5, 0.2]) * first).all(), f"first {first.tolist()}, last {last.tolist()}"
 
 
 def test_the_small_model_has_every_part_of_the_real_one() -> None:

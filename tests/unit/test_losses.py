@@ -278,7 +278,6 @@ def made_batch() -> Batch:
         text=torch.zeros(2, 3, 4),
         image=torch.zeros(2, 3, 4),
         depth=depth,
-        valid=depth > 0,
         intrinsics=pinhole(10).view(2, 5, 3, 3).float(),
         w2c=w2c,
     )

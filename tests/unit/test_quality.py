@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from fw_pipeline.annotate.quality import check_consistency, check_geometry, neighbour_error, to_clip_units
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.quality import check_consistency, check_depth, check_geometry, neighbour_error, to_clip_units
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, RejectedClip
 
 HEIGHT, WIDTH, FRAMES = 24, 32, 4
 
@@ -110,3 +110,35 @@ def test_invalid_pixels_do_not_count_towards_the_scale() -> None:
     holes[:, ::2] = 0
     _, _, scale = to_clip_units(holes, geometry.intrinsics, geometry.w2c)
     assert scale == pytest.approx(to_clip_units(geometry.depth, geometry.intrinsics, geometry.w2c)[2], rel=0.05)
+
+
+def final_depth(geometry: ClipGeometry, factor: np.ndarray | float = 1.0) -> ClipDepth:
+    """A depth network's depth: the geometry's times `factor`."""
+    ones = np.ones(FRAMES, np.float32)
+    depth = geometry.depth * factor
+    source = np.full(FRAMES, ClipDepth.SOURCES.index("depth-anything-v2"), np.uint8)
+    return ClipDepth(depth, np.ones_like(depth), source, ones, 0 * ones, 0.9 * ones, 0.01 * ones)
+
+
+def test_the_choice_of_depth_and_its_fits_become_quality_numbers() -> None:
+    numbers = check_depth(final_depth(wall(), 1.02), wall())
+    assert numbers["network_depth"] == 1
+    assert numbers["scale_error"] == pytest.approx(0.02)
+    assert numbers["fit_inlier_ratio"] == pytest.approx(0.9)
+    half = replace(final_depth(wall()), source=np.array([0, 1, 0, 1], np.uint8))
+    assert check_depth(half, wall())["network_depth"] == 0.5
+    assert check_depth(replace(half, source=np.zeros(FRAMES, np.uint8)), wall()) == {"network_depth": 0}
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (1.2, "its scale differs from the cameras' by 20%"),
+        (np.array([1, 1.3, 1, 1.3])[:, None, None], "neighbouring frames disagree"),
+        (np.nan, "depth has values that are not finite"),
+        (-1.0, "negative"),
+    ],
+)
+def test_depth_that_left_the_one_scale_of_the_cameras_is_refused(factor: np.ndarray | float, reason: str) -> None:
+    with pytest.raises(RejectedClip, match=reason):
+        check_depth(final_depth(wall(), factor), wall())

@@ -82,8 +82,8 @@ def test_training_reads_the_knob(dataset: Path, tmp_path: Path) -> None:
         ("encoders.vae_dim=12", r"made by vae '.*width 8.*', but this run needs '.*width 12"),
         ("encoders.text_layers=1", r"made by text '.*32 x 2.*', but this run needs '.*32 x 1"),
         ("encoders.image_size=64", r"made by image '.*32 px / 8.*', but this run needs '.*64 px / 8"),
-        ("clip.frames=9", r"is 32x48x5 .*trains on 32x48x9 or 48x32x9"),
-        ("clip.long_side=64", r"is (48x32|32x48)x5 .*trains on 32x64x5 or 64x32x5"),
+        ("clip.frames=9", r"in bucket 32x48x5, the preset's are 32x48x9 and 48x32x9"),
+        ("clip.long_side=64", r"in bucket (48x32|32x48)x5, the preset's are 32x64x5 and 64x32x5"),
     ],
 )
 def test_features_of_another_configuration_are_refused_with_both_sides(dataset: Path, override: str, both: str) -> None:

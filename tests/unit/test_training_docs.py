@@ -112,8 +112,8 @@ def test_every_key_on_the_page_is_a_knob(tmp_path: Path) -> None:
     for key in keys:
         load_preset("wan2.1-fun-1.3b", [key])
     (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
-    assert load_preset(str(tmp_path / "mine.yaml")).stage1.lr_schedule == "cosine"
+    (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
+    assert load_preset("wan2.1-fun-1.3b", config=tmp_path / "my.yaml").stage1.lr_schedule == "cosine"
     stage = load_preset("tiny").stage1.model_dump()
     knobs = re.findall(r"\| `(\w+)` \|$", PAGE, flags=re.MULTILINE)
     assert {"max_skipped", "spike_factor"} <= set(knobs) <= set(stage)

@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import DatasetError
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.metrics_log import in_words, read_metrics
-from fw_model.run_folder import TrainingError, base_hash
+from fw_model.run_folder import TrainingError, TrainResult, base_hash, stage1_result, write_result
 from tests.unit.made_scenes import pack_scenes
 from tests.unit.test_train import no_model, numbers, small_preset, stop_at
 
@@ -164,6 +163,34 @@ def test_moving_average_is_saved_and_is_what_is_validated(dataset: Path, tmp_pat
     assert read_metadata(tmp_path / "step-1.safetensors").weights == "trained"
 
 
+def test_fused_adamw_goes_on_from_its_own_state_and_from_the_plain_ones(
+    dataset: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA runs, here on the CPU's kernel: resumed it gives its own numbers, and a plain run's to rounding."""
+    with pytest.raises(train.Interrupted):
+        train.train(small_preset(), "stage1", dataset, tmp_path / "changed", on_metrics=stop_at(2))
+    monkeypatch.setattr(optimizers, "FUSED", {"cpu"})
+    offloaded = small_preset("stage1.offload_optimizer=true")
+    train.train(offloaded, "stage1", dataset, tmp_path / "whole")
+    with pytest.raises(train.Interrupted):
+        train.train(small_preset(), "stage1", dataset, tmp_path / "resumed", on_metrics=stop_at(2))
+    for run in ("resumed", "changed"):
+        train.train(small_preset(), "stage1", dataset, tmp_path / run)
+    assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")
+    totals = [[line["loss/total"] for line in numbers(run) if "loss/total" in line] for run in (tmp_path / "changed", plain)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- what is saved
+
+
+def test_states_are_saved_at_their_own_steps_and_with_every_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    keys = ("steps=5", "save_every=2", "state_every=3", "keep_states=9", "keep_checkpoints=1", "ema_decay=0.5")
+    train.train(small_preset(*(f"stage1.{key}" for key in keys)), "stage1", dataset, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-2", "step-3", "step-4", "step-5"]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["step-5.ema.safetensors", "step-5.safetensors"]
+
+
 # ------------------------------------------------------------------------------------------------ precision, compile
 
 
@@ -177,23 +204,14 @@ def test_frozen_weights_have_the_dtype_of_the_computation_and_trained_ones_float
     assert {p.dtype for p in model.trainable_parameters().values()} == {torch.float32}
 
 
-def test_compiled_blocks_train_as_plain_ones(dataset: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced by dynamo as for the default backend, which would need a C++ compiler here."""
-    graphs = []
-
-    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        graphs.append(function)
-        return compile_(function, *args, **kwargs)
-
-    compile_ = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", counted)
-    train.train(
-        small_preset("stage1.compile=true", "stage1.gradient_checkpointing=true", *ONE_STEP[:1]), "stage1", dataset, tmp_path
-    )
-    preset = small_preset()
-    assert len(graphs) == preset.model.wan.num_layers + preset.model.num_geodit
-    ours, theirs = ([line["loss/total"] for line in numbers(run) if "loss/total" in line] for run in (tmp_path, plain))
-    assert ours == pytest.approx(theirs[:1], rel=1e-4)
+def test_compile_reaches_every_base_and_geodit_block_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, *_, **__: compiled.append(function.__self__) or function)
+    for knob, expected in (("false", 0), ("true", 1)):
+        preset = small_preset(f"stage1.compile={knob}")
+        model = FantasyWorld.from_preset(preset)
+        training_run.place(model, "stage1", preset.stage1, Accelerator(cpu=True))
+        assert compiled == expected * [*model.base.transformer.blocks, *model.geodit.blocks]
 
 
 # ----------------------------------------------------------------------------------------------------------- guards
@@ -294,12 +312,35 @@ def test_stage_2_is_refused_when_the_bases_files_have_changed_since_stage_1(
         train.train(small_preset(), "stage2", dataset, tmp_path / "out", changed)
 
 
+def test_stage_2_does_not_start_from_a_stage_1_that_is_not_complete(tmp_path: Path) -> None:
+    assert stage1_result(tmp_path) is None
+    (tmp_path / "state" / "step-4").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"no result\.json\). Run its command again to complete it$"):
+        stage1_result(tmp_path)
+    (tmp_path / "step-4.safetensors").touch()
+    with pytest.raises(TrainingError, match=r"--stage1-checkpoint .*/step-4\.safetensors"):
+        stage1_result(tmp_path)
+    write_result(tmp_path, TrainResult("stage1", 2, "step-2.ema.safetensors", {}, "val", 1.0, "config", "data"))
+    assert stage1_result(tmp_path) == tmp_path / "step-2.ema.safetensors"
+
+
+def test_processes_of_one_machine_share_the_hash_that_one_of_them_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [(3, "config", "data", "abc"), (3, "config", "data", "")]
+    monkeypatch.setattr(training_run, "gather_object", lambda mine: seen)
+    assert training_run._check_same_everywhere(tmp_path, seen[1]) == "abc"
+    for other in ((3, "config", "data", "abd"), (2, "config", "data", "")):
+        seen[1:] = [other]
+        with pytest.raises(TrainingError, match="do not see the same run"):
+            training_run._check_same_everywhere(tmp_path, other)
+
+
 def test_hash_of_a_base_follows_its_files(tmp_path: Path) -> None:
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     file.write_bytes(b"weights")
     base = WeightsConfig(repo=str(tmp_path))
     before = base_hash(base)
     assert base_hash(base) == before
+    assert base_hash(base, contents=False) == ""
     file.write_bytes(b"weightz")
     assert base_hash(base) != before
 

@@ -115,7 +115,7 @@ def _what_to_fetch(repo: str, revision: str) -> str:
         "Fetch them on a machine with network access:\n"
         f"  hf download {repo} --revision {revision} {CONFIG_FILE} {WEIGHTS_FILE}\n"
         "or name a local folder that holds the two files (`dust3r_model` in the run config of the resource `pipeline`).\n"
-        "The colmap engine needs no weights: set `geometry: colmap` there, or FW_PROFILE=laptop."
+        "The colmap engine needs no weights: set `geometry: colmap` there, FW_GEOMETRY=colmap, or FW_PROFILE=laptop."
     )
 
 
