@@ -96,7 +96,8 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
     """The identity of a run.
 
     Args:
-        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not.
+        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not. With `encode_online` the
+            encoders and the clips' length do, too: then the dataset does not say what they are.
         stage: "stage1" or "stage2".
         dataset_digest: of the manifest.
         stage1: header of the checkpoint that stage 2 starts from.
@@ -107,6 +108,9 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
         stage: preset.stage(stage).model_dump(mode="json", exclude=OPERATIONAL),
         "stage1_checkpoint": stage1.identity if stage1 else None,
     }
+    if preset.stage(stage).encode_online:
+        identities = preset.encoders.identities(preset.model.wan.text_len)
+        sections |= {"encoders": identities, "clip": {"frames": preset.clip.frames}}
     return RunIdentity(stage, _flat(sections), dataset_digest)
 
 

@@ -27,8 +27,10 @@ from fw_model.checkpoints import (
 from fw_model.config import ClipConfig, Preset, Stage, StageConfig
 from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import ClipRow
+from fw_model.data.online import Clips, open_online
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.ema import MovingAverage
+from fw_model.encoders import EncoderError
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.loading import Batches
 from fw_model.metrics_log import MetricsLog, OnMetrics, RunningMean
@@ -86,7 +88,7 @@ class Run:
     average: MovingAverage | None  # of `stored`
     sampler: ResumableBucketSampler
     batches: Batches
-    validation_clips: ClipDataset
+    validation_clips: Clips
     empty_text: torch.Tensor  # [text_len, text_dim] on the accelerator's device: the empty prompt
     progress: Progress
     log: MetricsLog | None  # main process only
@@ -123,8 +125,11 @@ def build_run(
     )
     check_claim(output, identity)
     check_optimizer(config, device)
-    clips, validation_clips = open_dataset(dataset, preset)
-    sampler = ResumableBucketSampler(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed)
+    clips, validation_clips = open_dataset(dataset, preset, stage, device)
+    sampler = ResumableBucketSampler(
+        *(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed),
+        tell_epoch=config.augment is not None,
+    )
     state = latest_state(output / "state")
     progress = Progress()
     if state is not None:
@@ -296,15 +301,33 @@ def check_accumulation(global_batch: int, batch_per_device: int, processes: int)
     )
 
 
-def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
+def open_dataset(
+    dataset: str | Path, preset: Preset, stage: Stage = "stage1", device: torch.device | str = "cpu"
+) -> tuple[Clips, Clips]:
     """(training clips, validation clips) of a dataset made for this preset's base and encoders.
 
-    Without validation clips the training clips stand in, and a warning says so.
+    With the stage's `encode_online` the encoders are loaded to `device`. Without validation clips the training clips stand
+    in, and a warning says so.
 
     Raises:
-        DatasetError: missing, empty, or made by other encoders.
-        TrainingError: features of another width than the base takes, or clips of another size than the preset's.
+        DatasetError: missing, empty, made by other encoders, or of pictures where latents are wanted and vice versa.
+        ConfigError: `encode_online` as it cannot work.
+        TrainingError: features of another width than the base takes, clips of another size than the preset's, encoders that
+            are not there.
     """
+    config = preset.stage(stage)
+    try:
+        clips, validation_clips = (
+            open_online(dataset, preset, config, device) if config.encode_online else _open_cached(dataset, preset)
+        )
+    except EncoderError as error:
+        raise TrainingError(str(error)) from error
+    if validation_clips.split == "train":
+        log.warning("%s has no validation clips (that takes two videos): validating on training clips", dataset)
+    return clips, validation_clips
+
+
+def _open_cached(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
     wan = preset.model.wan
     versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
@@ -317,10 +340,7 @@ def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, Clip
                 f"this preset: {BUILD_DATASET}"
             )
         _check_size(dataset, row, preset.clip, wan.out_dim)
-    if not len(validation_clips):
-        log.warning("%s has no validation clips (that takes two videos): validating on training clips", dataset)
-        validation_clips = clips
-    return clips, validation_clips
+    return clips, validation_clips if len(validation_clips) else clips
 
 
 def _check_size(dataset: str | Path, row: ClipRow, clip: ClipConfig, channels: int) -> None:
