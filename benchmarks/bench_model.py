@@ -40,8 +40,8 @@ Row = dict[str, float]
 def middle_config(quick: bool) -> ModelConfig:
     """The full model, all 30 blocks of it, with every width divided by 4; quick: by 6.
 
-    Narrower models would say nothing: on a CPU the dense heads are bound by memory, the blocks by arithmetic, and below these widths
-    the heads take over. Attention's share is smaller than at full size (fewer tokens for the width), in every way alike.
+    Narrower models would say nothing: on a CPU the dense heads are bound by memory, the blocks by arithmetic, and below these
+    widths the heads take over. Attention's share is smaller than at full size (fewer tokens for the width), in every way alike.
     """
     less = 6 if quick else 4
     geometry = GeometryConfig(
