@@ -66,7 +66,7 @@ class ReportData:
     metadata: CheckpointMetadata
     checkpoint: Path
     metrics: Path
-    dataset: Path
+    dataset: str | Path
     dataset_digest: str
     split: str  # of the clips shown
     timestep: float
@@ -84,7 +84,7 @@ class ReportSummary:
     numbers: dict[str, float]  # means over the clips, finite ones only, and the validation losses
 
 
-def write_report(run: Path, dataset: Path, output: Path, clips: int = 4, device: str = "cpu") -> ReportSummary:
+def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, device: str = "cpu") -> ReportSummary:
     """Predict held-out clips with a run's last checkpoint and write the page.
 
     The model is rebuilt from the preset in the checkpoint. Clips are spread over the validation split (the training split
@@ -92,7 +92,7 @@ def write_report(run: Path, dataset: Path, output: Path, clips: int = 4, device:
 
     Args:
         run: output folder of `fw_model.train`, complete or not.
-        dataset: folder with a manifest; need not be the one trained on.
+        dataset: folder with a manifest, or the URL of one; need not be the one trained on.
         output: the HTML file, written atomically.
         clips: how many to show.
         device: where the model runs.
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fw_model.report", description="Ground truth beside prediction, as one HTML file."
     )
     parser.add_argument("--run", required=True, type=Path, help="output folder of fw_model.train")
-    parser.add_argument("--dataset", required=True, type=Path, help="folder with manifest.parquet")
+    parser.add_argument("--dataset", required=True, help="folder with manifest.parquet, or its URL")
     parser.add_argument("--output", required=True, type=Path, help="HTML file to write")
     parser.add_argument("--clips", type=int, default=4, help="how many held-out clips to show (default 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,15 +140,23 @@ class RemoteFolder:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """A file system and the path in it. Made anew when it is needed: its threads do not outlive a fork."""
+    """A file system and the path in it."""
+    folder, _, name = url.rpartition("/")
+    filesystem, path = _opened(folder, os.getpid())
+    return filesystem, f"{path}/{name}"
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: str, process: int) -> tuple[Any, str]:
+    """One for each process: the threads that a file system talks to its server with do not outlive a fork."""
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url, skip_instance_cache=url.startswith("s3"))
+        return fsspec.core.url_to_fs(folder, skip_instance_cache=True)
     except ImportError as error:
-        raise DatasetError(f"{url}: {error}; install it, e.g. pip install 'fantasyworld-pipeline[remote]' for s3://") from error
+        raise DatasetError(f"{folder}: {error}; for s3://: pip install 'fantasyworld-pipeline[remote]'") from error
     except ValueError as error:
-        raise DatasetError(f"{url}: {error}") from error
+        raise DatasetError(f"{folder}: {error}") from error
 
 
 def _version(url: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
@@ -60,9 +61,9 @@ class ResumableBucketSampler(Sampler[list[int]]):
             global_batch, batch_per_rank, rank, world_size, seed,
         )  # fmt: skip
         self._epoch_stride = len(buckets) if tell_epoch else 0
-        codes: dict[str, int] = {}
-        numbers = np.fromiter((codes.setdefault(bucket, len(codes)) for bucket in buckets), np.int64, len(buckets))
-        self._members = {bucket: np.flatnonzero(numbers == code) for bucket, code in codes.items()}
+        coded = pa.array(buckets, pa.string()).dictionary_encode()  # codes in the order of first use
+        numbers = coded.indices.to_numpy()
+        self._members = {bucket: np.flatnonzero(numbers == code) for code, bucket in enumerate(coded.dictionary.to_pylist())}
         self._buckets_digest = xxhash.xxh64_hexdigest("\n".join(buckets).encode())
         self._epoch = 0
         self._consumed = 0

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.manifest import DatasetError, MissingDatasetError
 from fw_model.data.sampler import ResumableBucketSampler
+from fw_model.data.schema import Batch
 from fw_model.data.shard_writer import ShardWriter
+from fw_model.loading import Batches
 from fw_model.losses import make_targets
 from tests.unit.made_clips import add_clip, make_record, make_text, pack
 
@@ -95,16 +98,69 @@ def test_clips_of_different_buckets_do_not_stack(tmp_path: Path) -> None:
         collate([])
 
 
-def test_worker_processes_give_the_same_batches(dataset: Path) -> None:
-    clips = ClipDataset(dataset, "train", 8)
-    first = clips[0]  # opens the shard here before workers start
-    sampler = ResumableBucketSampler(clips.buckets, 2, 2)
-    loader = DataLoader(clips, batch_sampler=sampler, collate_fn=collate, num_workers=1)
-    expected = [collate([clips[i] for i in indices]) for indices in islice(iter(sampler), 3)]
-    for batch, wanted in zip(loader, expected, strict=False):
-        assert batch.clip_ids == wanted.clip_ids
-        assert torch.equal(batch.depth, wanted.depth)
-    assert torch.equal(clips[0]["depth"], first["depth"])
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
+    """Seven clips of one bucket and three of another, in several shards: 4 steps of 4 in an epoch, both buckets filled up."""
+    path = tmp_path_factory.mktemp("loader") / "dataset"
+    with ShardWriter(path, target_bytes=60_000) as writer:
+        for i in range(10):
+            add_clip(writer, make_record(f"c{i}", size=(32, 48, 5) if i < 7 else (48, 32, 5)))
+    return ClipDataset(path, "train", 8)
+
+
+def load(clips: ClipDataset, sampler: ResumableBucketSampler, count: int, workers: int = 0) -> list[Batch]:
+    """The next micro-batches by the loader that training uses."""
+    batches = Batches(clips, sampler, workers, patience=60)
+    found = list(islice(batches, count))
+    batches.close()
+    return found
+
+
+def assert_equal(got: list[Batch], wanted: list[Batch]) -> None:
+    assert [batch.clip_ids for batch in got] == [batch.clip_ids for batch in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        for name, value in vars(other).items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(getattr(one, name), value), name
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_any_number_of_workers_gives_the_same_batches(clips: ClipDataset) -> None:
+    expected = load(clips, ResumableBucketSampler(clips.buckets, 4, 2), 10)
+    assert {tuple(batch.depth.shape[2:]) for batch in expected} == {(32, 48), (48, 32)}
+    for workers in (1, 2, 4):  # the shards are open here before the workers start
+        assert_equal(load(clips, ResumableBucketSampler(clips.buckets, 4, 2), 10, workers), expected)
+
+
+def by_all_ranks(clips: ClipDataset, world: int, state: dict[str, Any] | None, steps: int) -> list[Batch]:
+    """What `world` ranks load together in the next steps, in the order of micro-step and rank."""
+    each = []
+    for rank in range(world):
+        sampler = ResumableBucketSampler(clips.buckets, 4, 1, rank, world, seed=3)
+        if state is not None:
+            sampler.load_state_dict(state)
+        each.append(load(clips, sampler, steps * sampler.accumulation))
+    return [batch for together in zip(*each, strict=True) for batch in together]
+
+
+def test_ranks_together_load_the_same_whatever_their_number(clips: ClipDataset) -> None:
+    expected = by_all_ranks(clips, 1, None, 5)
+    for world in (2, 4):
+        assert_equal(by_all_ranks(clips, world, None, 5), expected)
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_resumed_after_any_step_the_rest_is_the_same_on_any_number_of_ranks(clips: ClipDataset, done: int) -> None:
+    uninterrupted = by_all_ranks(clips, 1, None, done + 2)[4 * done :]
+    sampler = ResumableBucketSampler(clips.buckets, 4, 2, seed=3)
+    drawn_ahead = Batches(clips, sampler, 0, patience=60)
+    for _ in range(done):
+        next(drawn_ahead), next(drawn_ahead)
+        sampler.advance()
+    next(drawn_ahead)  # loaded, not trained on
+    drawn_ahead.close()
+    state = json.loads(json.dumps(sampler.state_dict()))
+    for world in (1, 2, 4):
+        assert_equal(by_all_ranks(clips, world, state, 2), uninterrupted)
 
 
 def test_a_pickled_dataset_carries_no_open_files(dataset: Path) -> None:
