@@ -14,8 +14,6 @@ from torch.optim.adamw import adamw
 from fw_model.config import StageConfig
 from fw_model.run_folder import TrainingError
 
-FUSED = {"cuda"}  # devices on which AdamW is one kernel, without temporaries as large as all gradients
-
 
 def learning_rate(config: StageConfig, step: int) -> float:
     """Rate of a step, counted from 1: linear warm-up, then constant or a cosine down to 0 at the last step."""
@@ -38,7 +36,10 @@ def check_optimizer(config: StageConfig, device: torch.device) -> None:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) -> torch.optim.Optimizer:
-    """The configured AdamW; biases, norms and gates are not decayed. See `check_optimizer` for where it can run."""
+    """The configured AdamW; biases, norms and gates are not decayed. See `check_optimizer` for where it can run.
+
+    Fused: one kernel a step, without the temporaries of torch's default, which are as large as all gradients.
+    """
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -46,8 +47,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) 
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=config.learning_rate)
-    fused = next(iter(parameters.values())).device.type in FUSED
-    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate, fused=fused)
+    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -82,7 +82,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+            step = torch.zeros((), device=parameter.device)
             state |= {"step": step, "exp_avg": host_zeros(parameter), "exp_avg_sq": host_zeros(parameter)}
         moments = [state[name].to(parameter.device, non_blocking=True) for name in ("exp_avg", "exp_avg_sq")]
         adamw(
@@ -93,7 +93,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             [],
             [state["step"]],
             foreach=False,
-            fused=group["fused"],
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -140,9 +140,8 @@ def put_moments_back(
         name, _, field = key.rpartition("/")
         parameter = parameters[name]
         value: Tensor | int
-        if tensor.ndim == 0:  # step counters live on the CPU, a fused step's beside the weight
-            counter = tensor.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
-            value = int(tensor) if tensor.dtype == torch.int64 else counter
+        if tensor.ndim == 0:  # step counters; the fused kernel wants them beside the weight
+            value = int(tensor) if tensor.dtype == torch.int64 else tensor.to(parameter.device, copy=True)
         elif isinstance(optimizer, OffloadedAdamW):
             value = host_zeros(parameter).copy_(tensor)
         else:

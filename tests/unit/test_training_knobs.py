@@ -163,22 +163,25 @@ def test_moving_average_is_saved_and_is_what_is_validated(dataset: Path, tmp_pat
     assert read_metadata(tmp_path / "step-1.safetensors").weights == "trained"
 
 
-def test_fused_adamw_goes_on_from_its_own_state_and_from_the_plain_ones(
-    dataset: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What CUDA runs, here on the CPU's kernel: resumed it gives its own numbers, and a plain run's to rounding."""
-    with pytest.raises(train.Interrupted):
-        train.train(small_preset(), "stage1", dataset, tmp_path / "changed", on_metrics=stop_at(2))
-    monkeypatch.setattr(optimizers, "FUSED", {"cpu"})
-    offloaded = small_preset("stage1.offload_optimizer=true")
-    train.train(offloaded, "stage1", dataset, tmp_path / "whole")
-    with pytest.raises(train.Interrupted):
-        train.train(small_preset(), "stage1", dataset, tmp_path / "resumed", on_metrics=stop_at(2))
-    for run in ("resumed", "changed"):
-        train.train(small_preset(), "stage1", dataset, tmp_path / run)
-    assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")
-    totals = [[line["loss/total"] for line in numbers(run) if "loss/total" in line] for run in (tmp_path / "changed", plain)]
-    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+def test_adamw_is_fused_and_goes_on_from_the_state_of_the_plain_one() -> None:
+    weights = {"a": torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7)), "b": torch.nn.Parameter(torch.ones(3))}
+    plain = torch.optim.AdamW([{"params": [weights["a"]]}, {"params": [weights["b"]], "weight_decay": 0.0}], lr=0.1)
+    for knobs in ({}, {"offload_optimizer": True}):
+        fused = optimizers.make_optimizer(weights, config_of(learning_rate=0.1, **knobs))
+        assert fused.defaults["fused"]
+        for parameter in weights.values():
+            parameter.grad = parameter.detach().cos()
+        plain.step()
+        saved = {key: tensor.clone() for key, tensor in optimizers.moments(weights, plain).items()}
+        optimizers.put_moments_back(saved.items(), weights, fused, lambda tensor, weight: tensor.clone())
+        before = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        fused.step()
+        after = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        for name, parameter in weights.items():
+            parameter.data = before[name]
+        plain.step()
+        assert all(torch.allclose(after[name], parameter, rtol=1e-5) for name, parameter in weights.items())
+        assert all(int(state["step"]) == int(plain.state[p]["step"]) for p, state in fused.state.items())
 
 
 # ---------------------------------------------------------------------------------------------------- what is saved
