@@ -1,4 +1,4 @@
-"""The model learns: the whole objective of stage 1 on one clip of the demo's scenes, with its true depth and cameras."""
+"""The model learns: the depth of one clip of the demo's scenes, by heart. (`make overfit` shows the whole objective.)"""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from fw_pipeline.demo_pairs import true_views
 from fw_pipeline.demo_scenes import SHOTS
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
+# At this size much of the picture is edges: the tiny preset's head of 16 channels needs 400 steps for a factor of 9.4.
+WIDER_HEAD = ("head_features=48", "head_channels=[64, 48, 48, 32]")
 
 
 def demo_clip() -> Batch:
     """A shot of the demo in clip units; latents and embeddings are made, as for the tiny preset's."""
     wan = load_preset("tiny").model.wan
-    truth = true_views(SHOTS[0].shots[0], FRAMES, HEIGHT, WIDTH)
+    truth = true_views(SHOTS[5].shots[0], FRAMES, HEIGHT, WIDTH)
     depth, w2c = (torch.from_numpy(np.asarray(x)).float() for x in (truth.depth, truth.w2c))
     intrinsics = torch.from_numpy(truth.intrinsics).float().expand(FRAMES, 3, 3)
     w2c = relative_to_first(w2c)
@@ -38,28 +40,27 @@ def demo_clip() -> Batch:
     )
 
 
-def overfit(learning_rate: float, steps: int) -> list[dict[str, float]]:
-    """Losses of every step."""
-    preset = load_preset("tiny")
+def depth_losses(steps: int) -> list[float]:
+    """The depth loss of every step, minimised alone: warm-up, cosine, and moments short enough for a few hundred steps."""
+    preset = load_preset("tiny", [f"model.geometry.{key}" for key in WIDER_HEAD])
     world, batch = FantasyWorld.from_preset(preset), demo_clip()
     draws = fixed_draws(batch, 500.0, torch.Generator().manual_seed(1))
     parameters = list(world.trainable_parameters().values())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.04)
     history = []
     for _ in range(steps):
-        losses = compute_losses(predict(world, batch, draws), batch, draws, "stage1", preset.stage1)
-        losses["total"].backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        loss = compute_losses(predict(world, batch, draws), batch, draws, "stage1", preset.stage1)["depth_loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        history.append({name: float(loss.detach()) for name, loss in losses.items()})
+        history.append(float(loss.detach()))
     return history
 
 
-def test_a_tiny_model_learns_one_demo_clip() -> None:
-    """80 steps, 8 s on one core. Measured: depth to 0.29 of its first loss, points to 0.14, cameras to 0.02."""
-    history = overfit(1e-3, 80)
-    for name, share in (("depth_loss", 0.4), ("point_loss", 0.25), ("camera_loss", 0.1)):
-        assert history[-1][name] < share * history[0][name], name
+def test_a_tiny_model_overfits_one_demo_clip() -> None:
+    """Its depth loss falls to less than a tenth."""
+    history = depth_losses(280)
+    assert history[-1] < 0.1 * history[0]
