@@ -177,6 +177,21 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return _latest(directory, _STEP_FILE)
 
 
+def prune_checkpoints(directory: Path, keep: int, spare: str | None = None) -> None:
+    """Remove the checkpoints of all but the newest `keep` steps, moving averages with them.
+
+    Args:
+        directory: an output folder; the caller is the only one writing there.
+        keep: at least 1.
+        spare: name of a file that stays whatever its step is.
+    """
+    found = [path for path in directory.iterdir() if _STEP_FILE.fullmatch(path.name)]
+    newest = sorted({_step_of(path) for path in found})[-keep:]
+    for path in found:
+        if _step_of(path) not in newest and path.name != spare:
+            path.unlink()
+
+
 def latest_state(directory: Path) -> Path | None:
     """The `step-N` state folder with the highest N below `directory` (an output's `state`), or None."""
     return _latest(directory, _STEP_FOLDER)

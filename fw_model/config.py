@@ -211,6 +211,20 @@ class ClipConfig(Config):
         return self
 
 
+class AugmentConfig(Config):
+    """Changes of a clip and its geometry before it is encoded; see `fw_model.data.augment`."""
+
+    flip: float = Field(0.0, ge=0, le=1)  # chance that a clip is mirrored
+    reverse: float = Field(0.0, ge=0, le=1)  # chance that it is played backwards
+    strides: tuple[int, ...] = (1,)  # every s-th frame, s drawn from these (repeat one to draw it more often)
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides must be one or more numbers of at least 1, got {list(self.strides)}")
+        return self
+
+
 class StageConfig(Config):
     """One training stage."""
 
@@ -225,13 +239,17 @@ class StageConfig(Config):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average; else it is validated and saved beside the weights
-    save_every: int = Field(1000, ge=1)
+    save_every: int = Field(1000, ge=1)  # steps from one checkpoint to the next
+    keep_checkpoints: int | None = Field(None, ge=1)  # the newest that stay; None: all of them
+    state_every: int = Field(200, ge=1)  # steps from one state to the next, which is what a crash costs; also with checkpoints
     keep_states: int = Field(2, ge=1)
     validate_every: int = Field(1000, ge=1)
     validation_clips: int = Field(16, ge=1)
     log_every: int = Field(10, ge=1)
     seed: int = 0
     workers: int = Field(2, ge=0)
+    encode_online: bool = False  # for a dataset of pictures: VAE, CLIP and UMT5 run while training; takes memory and time
+    augment: AugmentConfig | None = None  # of the training clips; with encode_online only
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are kept in float32
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile of every base and GeoDiT block
@@ -253,6 +271,11 @@ class StageConfig(Config):
             raise ValueError("offload_optimizer keeps AdamW's moments in ordinary memory, adamw8bit makes them small: choose one")
         if self.sharding == "fsdp" and (self.optimizer == "adamw8bit" or self.offload_optimizer):
             raise ValueError("sharding: fsdp shares out the moments already; it goes with optimizer: adamw, not offloaded")
+        if self.augment is not None and not self.encode_online:
+            raise ValueError(
+                "augment: cached latents cannot be mirrored, reversed or strided, since the VAE is causal in time and not "
+                "mirror-symmetric; pack a dataset of pictures and set encode_online: true (docs/dataset.md, Augmentations)"
+            )
         if self.stall_seconds >= self.collective_timeout:  # else the others give up before the one that waits says for what
             raise ValueError(
                 f"stall_seconds {self.stall_seconds:g} must be less than collective_timeout {self.collective_timeout:g}"
@@ -273,6 +296,15 @@ class Preset(Config):
 
     def stage(self, stage: Stage) -> StageConfig:
         return self.stage1 if stage == "stage1" else self.stage2
+
+    def encode_online(self) -> bool:
+        """Whether the one dataset of both stages holds pictures; raises ConfigError when the stages do not agree on it."""
+        if self.stage1.encode_online != self.stage2.encode_online:
+            raise ConfigError(
+                f"preset {self.name!r}: stage1.encode_online is {self.stage1.encode_online}, stage2.encode_online "
+                f"{self.stage2.encode_online}, but the pipeline packs one dataset for both; set both alike"
+            )
+        return self.stage1.encode_online
 
     def digest(self, *sections: str) -> str:
         """Short stable hash of the named sections (all of them by default), for output folders and cache keys."""

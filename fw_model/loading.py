@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.dataset import collate
+from fw_model.data.online import Clips
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import Batch
 from fw_model.run_folder import TrainingError
@@ -28,7 +29,7 @@ class Batches:
 
     def __init__(
         self,
-        clips: ClipDataset,
+        clips: Clips,
         sampler: ResumableBucketSampler,
         workers: int,
         patience: float,
@@ -93,7 +94,7 @@ class Batches:
         self._requests.put(False)
 
     def _words(self, due: list[int]) -> str:
-        rows = [self._clips.rows[index] for index in due]
+        rows = [self._clips.rows[index % len(self._clips)] for index in due]  # a sampler may tell the epoch, too
         return ", ".join(f"clip {row.clip_id} in {self._clips.path}/{row.shard}" for row in rows)
 
 

@@ -55,7 +55,7 @@ def make_plans(preset: Preset, stage: Stage, gpu_gib: float, gpus: int, sharding
         stage: "stage1" or "stage2".
         gpu_gib: memory of one GPU.
         gpus: number of GPUs; must divide the global batch.
-        sharding: "none" is data parallel, as `fw_model.train` runs; "fsdp" what full sharding would take.
+        sharding: "none" is data parallel; "fsdp" shares weights, gradients and moments out over the GPUs (the key `sharding`).
 
     Raises:
         ValueError: a number of GPUs that does not divide the global batch, or a size that is not positive.

@@ -36,7 +36,10 @@ def check_optimizer(config: StageConfig, device: torch.device) -> None:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) -> torch.optim.Optimizer:
-    """The configured AdamW; biases, norms and gates are not decayed. See `check_optimizer` for where it can run."""
+    """The configured AdamW; biases, norms and gates are not decayed. See `check_optimizer` for where it can run.
+
+    Fused: one kernel a step, without the temporaries of torch's default, which are as large as all gradients.
+    """
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -44,7 +47,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) 
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=config.learning_rate)
-    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate)
+    return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -79,7 +82,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": host_zeros(parameter), "exp_avg_sq": host_zeros(parameter)}
+            step = torch.zeros((), device=parameter.device)
+            state |= {"step": step, "exp_avg": host_zeros(parameter), "exp_avg_sq": host_zeros(parameter)}
         moments = [state[name].to(parameter.device, non_blocking=True) for name in ("exp_avg", "exp_avg_sq")]
         adamw(
             [parameter],
@@ -89,6 +93,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             [],
             [state["step"]],
             foreach=False,
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -135,8 +140,8 @@ def put_moments_back(
         name, _, field = key.rpartition("/")
         parameter = parameters[name]
         value: Tensor | int
-        if tensor.ndim == 0:  # step counters live on the CPU
-            value = int(tensor) if tensor.dtype == torch.int64 else tensor.clone()
+        if tensor.ndim == 0:  # step counters; the fused kernel wants them beside the weight
+            value = int(tensor) if tensor.dtype == torch.int64 else tensor.to(parameter.device, copy=True)
         elif isinstance(optimizer, OffloadedAdamW):
             value = host_zeros(parameter).copy_(tensor)
         else:

@@ -26,8 +26,9 @@ from fw_model.checkpoints import (
     read_metadata,
     write_bytes,
 )
-from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.dataset import collate
 from fw_model.data.manifest import DatasetError, dataset_digest
+from fw_model.data.online import Clips
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.losses import make_targets
 from fw_model.metrics import Array, absrel, ate, auc, delta125, depth_scale, relative_pose_errors
@@ -104,7 +105,7 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
     if checkpoint is None:
         raise CheckpointError(f"{run}: no step-N.safetensors; train first, e.g. dagster job execute -j stage1_training")
     metadata = read_metadata(checkpoint)
-    _, held_out = open_dataset(dataset, metadata.preset)
+    _, held_out = open_dataset(dataset, metadata.preset, metadata.stage, device)
     model = FantasyWorld.from_preset(metadata.preset)
     load_checkpoint(checkpoint, model, metadata.stage, metadata.preset)
     model.base.to(base_dtype(metadata.preset.stage(metadata.stage)))  # as it was trained
@@ -146,7 +147,7 @@ def mean_numbers(clips: Sequence[ClipResult]) -> dict[str, float]:
 
 @torch.no_grad()
 def _predict_clip(
-    model: FantasyWorld, clips: ClipDataset, index: int, timestep: float, metadata: CheckpointMetadata, device: str
+    model: FantasyWorld, clips: Clips, index: int, timestep: float, metadata: CheckpointMetadata, device: str
 ) -> ClipResult:
     batch = collate([clips[index]])
     draws = fixed_draws(batch, timestep, generator_for("report", index)).to(device)

@@ -23,7 +23,15 @@ from typing import IO, Any
 
 import xxhash
 
-from fw_model.checkpoints import CheckpointError, CheckpointMetadata, check_usable, latest_state, read_metadata, write_json
+from fw_model.checkpoints import (
+    CheckpointError,
+    CheckpointMetadata,
+    check_usable,
+    latest_checkpoint,
+    latest_state,
+    read_metadata,
+    write_json,
+)
 from fw_model.config import Preset, Stage, WeightsConfig
 
 log = logging.getLogger(__name__)
@@ -32,6 +40,8 @@ log = logging.getLogger(__name__)
 OPERATIONAL = {
     "batch_per_device",
     "save_every",
+    "keep_checkpoints",
+    "state_every",
     "keep_states",
     "validate_every",
     "log_every",
@@ -86,7 +96,8 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
     """The identity of a run.
 
     Args:
-        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not.
+        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not. With `encode_online` the
+            encoders and the clips' length do, too: then the dataset does not say what they are.
         stage: "stage1" or "stage2".
         dataset_digest: of the manifest.
         stage1: header of the checkpoint that stage 2 starts from.
@@ -97,11 +108,16 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
         stage: preset.stage(stage).model_dump(mode="json", exclude=OPERATIONAL),
         "stage1_checkpoint": stage1.identity if stage1 else None,
     }
+    if preset.stage(stage).encode_online:
+        identities = preset.encoders.identities(preset.model.wan.text_len)
+        sections |= {"encoders": identities, "clip": {"frames": preset.clip.frames}}
     return RunIdentity(stage, _flat(sections), dataset_digest)
 
 
-def base_hash(base: WeightsConfig) -> str:
+def base_hash(base: WeightsConfig, contents: bool = True) -> str:
     """Hash of the base's weight files, in order of their names; of the recipe where the weights are made.
+
+    With `contents` false the files are looked for and not read, which gives "".
 
     Raises BaseModelError: not there, says what to download.
     """
@@ -111,7 +127,10 @@ def base_hash(base: WeightsConfig) -> str:
         return digest.hexdigest()
     from fw_model.wan_weights import find_weight_files  # diffusers with it; who only wants to know the digests needs it not
 
-    for path in find_weight_files(base.repo, base.revision):
+    files = find_weight_files(base.repo, base.revision)
+    if not contents:
+        return ""
+    for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -126,6 +145,23 @@ def check_base_hash(path: Path, metadata: CheckpointMetadata, found: str) -> Non
             f"{path}: trained on weights of {metadata.base!r} with hash {metadata.base_hash}, the files of that name now have "
             f"{found}. Put the old files back (base.repo, base.revision), or train stage 1 on these: {TRAIN_STAGE1}"
         )
+
+
+def stage1_result(folder: Path) -> Path | None:
+    """The checkpoint that a complete stage 1 run in `folder` names, None if no stage 1 was ever trained there.
+
+    Raises TrainingError for a run that is not complete: its newest checkpoint is not what stage 1 ends with.
+    """
+    result, newest = read_result(folder), latest_checkpoint(folder)
+    if result is not None:
+        return folder / result.checkpoint
+    if newest is None and latest_state(folder / "state") is None:
+        return None
+    forced = f", or start from what there is with --stage1-checkpoint {newest}" if newest is not None else ""
+    raise TrainingError(
+        f"stage 2 starts from a complete stage 1, and the run in {folder} is not (it has no result.json). "
+        f"Run its command again to complete it{forced}"
+    )
 
 
 def check_stage1_checkpoint(path: Path | None, preset: Preset) -> CheckpointMetadata:

@@ -3,8 +3,8 @@
     accelerate launch -m fw_model.train --preset tiny --stage stage1 [--config my.yaml] [key=value ...]
     accelerate launch -m fw_model.train --preset tiny --stage stage2 [--config my.yaml] [key=value ...]
 
-By default it trains on data/dataset into outputs/fantasy_world_stage1 (or 2), and stage 2 starts from the last checkpoint there;
---dataset, --output and --stage1-checkpoint say otherwise.
+By default it trains on data/dataset into outputs/fantasy_world_stage1 (or 2), and stage 2 starts from what a complete stage 1
+left there; --dataset, --output and --stage1-checkpoint say otherwise.
 
 Run the same command again to go on: an interrupted run continues from its last state exactly as if it had never stopped, a
 complete one returns at once. SIGTERM and SIGINT finish the step, save the state and end with exit code 75 (which
@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fw_model.checkpoints import CheckpointError, CheckpointMetadata, latest_checkpoint, save_checkpoint, save_state
+from fw_model.checkpoints import CheckpointError, CheckpointMetadata, prune_checkpoints, save_checkpoint, save_state
 from fw_model.config import ConfigError, Preset, Stage, load_preset
 from fw_model.data.manifest import DatasetError, dataset_digest
 from fw_model.data.schema import Batch
@@ -47,7 +48,9 @@ from fw_model.run_folder import (
     check_stage1_checkpoint,
     finished,
     locked,
+    read_result,
     run_identity,
+    stage1_result,
     write_result,
 )
 from fw_model.sharding import whole_on_main
@@ -137,7 +140,7 @@ def fit(run: Run, stop: threading.Event) -> bool:
             saving = progress.step % config.save_every == 0 or last
             if saving:
                 _save_checkpoint(run)
-            if saving or stopping:
+            if saving or stopping or progress.step % config.state_every == 0:
                 _save_state(run)
             if stopping:
                 return last
@@ -173,7 +176,7 @@ def _step(run: Run, stop: threading.Event) -> bool:
     rate = learning_rate(config, progress.step)
     progress.window.add({"tokens_per_second": tokens * accelerator.num_processes})
     if not_finite or not all(map(math.isfinite, means.values())):
-        run.optimizer.zero_grad(set_to_none=True)
+        _clear_gradients(run)
         if too_many := pass_over(run, parts, means, float(norm)):
             _save_state(run)
             raise too_many
@@ -181,7 +184,7 @@ def _step(run: Run, stop: threading.Event) -> bool:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    _clear_gradients(run)
     if run.average is not None:
         run.average.update()
     progress.window.add({**means, "lr": rate, "grad_norm": float(norm)})
@@ -193,6 +196,11 @@ def _clip_gradients(run: Run) -> Tensor:
     """Scale the gradients down to `max_grad_norm`; their norm before, over all processes that share them."""
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _clear_gradients(run: Run) -> None:
+    """Zero the gradients of data parallel in place: they live in the buckets that are exchanged, which stay anyway."""
+    run.optimizer.zero_grad(set_to_none=not isinstance(run.wrapped, DistributedDataParallel))
 
 
 def video_tokens(batch: Batch) -> int:
@@ -253,6 +261,9 @@ def _save_checkpoint(run: Run) -> None:
         tensors = whole_on_main(run.average.average, main)
         if main:
             save_checkpoint(run.averaged_checkpoint, tensors, replace(metadata, weights="ema"))
+    if main and run.config.keep_checkpoints is not None:
+        result = read_result(run.output)
+        prune_checkpoints(run.output, run.config.keep_checkpoints, spare=result.checkpoint if result else None)
     run.accelerator.wait_for_everyone()
 
 
@@ -345,7 +356,7 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
         "--dataset", default="data/dataset", help="folder with manifest.parquet, or its URL: s3://, gs://, ... (%(default)s)"
     )
     parser.add_argument("--output", type=Path, help="folder for checkpoints, state and metrics (outputs/fantasy_world_STAGE)")
-    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the last in outputs/fantasy_world_stage1)")
+    parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the result in outputs/fantasy_world_stage1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")
     args = parser.parse_intermixed_args(argv)
     main_process = os.environ.get("RANK", "0") == "0"
@@ -355,7 +366,7 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
         preset = load_preset(args.preset, args.overrides, args.config)
         stage1 = args.stage1_checkpoint
         if args.stage == "stage2" and stage1 is None:
-            stage1 = latest_checkpoint(default_output("stage1"))
+            stage1 = stage1_result(default_output("stage1"))
         train(preset, args.stage, args.dataset, args.output or default_output(args.stage), stage1, on_metrics)
     except Interrupted as stopped:
         log.warning("%s", stopped)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 
 from fw_model.checkpoints import (
     CheckpointError,
@@ -27,8 +27,10 @@ from fw_model.checkpoints import (
 from fw_model.config import ClipConfig, Preset, Stage, StageConfig
 from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import ClipRow
+from fw_model.data.online import Clips, open_online
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.ema import MovingAverage
+from fw_model.encoders import EncoderError
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.loading import Batches
 from fw_model.metrics_log import MetricsLog, OnMetrics, RunningMean
@@ -86,7 +88,7 @@ class Run:
     average: MovingAverage | None  # of `stored`
     sampler: ResumableBucketSampler
     batches: Batches
-    validation_clips: ClipDataset
+    validation_clips: Clips
     empty_text: torch.Tensor  # [text_len, text_dim] on the accelerator's device: the empty prompt
     progress: Progress
     log: MetricsLog | None  # main process only
@@ -123,11 +125,11 @@ def build_run(
     )
     check_claim(output, identity)
     check_optimizer(config, device)
-    clips, validation_clips = open_dataset(dataset, preset)
-    base = base_hash(preset.base)
-    if stage1_checkpoint is not None:
-        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
-    sampler = ResumableBucketSampler(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed)
+    clips, validation_clips = open_dataset(dataset, preset, stage, device)
+    sampler = ResumableBucketSampler(
+        *(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed),
+        tell_epoch=config.augment is not None,
+    )
     state = latest_state(output / "state")
     progress = Progress()
     if state is not None:
@@ -135,7 +137,11 @@ def build_run(
         sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
 
-    _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    # One process of a machine reads the base's files; what they hold is compared over machines.
+    base = base_hash(preset.base, contents=accelerator.is_local_main_process)
+    base = _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
+    if stage1_checkpoint is not None:
+        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
 
     model = FantasyWorld.from_preset(preset)
     if stage1_checkpoint is not None:
@@ -180,12 +186,21 @@ def build_run(
     )
 
 
-def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> None:
-    """Raise TrainingError unless all processes are about to go on with the same run from the same step."""
+def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> str:
+    """Raise TrainingError unless all processes are about to go on with the same run from the same step.
+
+    Args:
+        output: for the message.
+        seen: step, digests of configuration and dataset, hash of the base or "" where this process did not read it.
+
+    Returns the base's hash.
+    """
     everyone = gather_object([seen])
-    if len(set(everyone)) > 1:
+    hashes = {base for *_, base in everyone if base}
+    if len(hashes) > 1 or len({tuple(rest) for *rest, _ in everyone}) > 1:
         lines = [
-            f"process {rank}: step {step}, config {c}, dataset {d}, base {b}" for rank, (step, c, d, b) in enumerate(everyone)
+            f"process {rank}: step {step}, config {c}, dataset {d}, base {b or 'not read'}"
+            for rank, (step, c, d, b) in enumerate(everyone)
         ]
         raise TrainingError(
             f"the processes do not see the same run in {output}:\n  "
@@ -193,6 +208,7 @@ def _check_same_everywhere(output: Path, seen: tuple[int, str, str, str]) -> Non
             + "\nOutput, dataset and base must be on "
             "storage that all machines share, or equal copies"
         )
+    return hashes.pop()
 
 
 def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: Accelerator) -> torch.nn.Module:
@@ -250,8 +266,9 @@ def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
             f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
         )
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout))
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not copied to be exchanged
     accelerator = Accelerator(
-        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout]
+        mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout, parallel]
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
@@ -284,15 +301,33 @@ def check_accumulation(global_batch: int, batch_per_device: int, processes: int)
     )
 
 
-def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
+def open_dataset(
+    dataset: str | Path, preset: Preset, stage: Stage = "stage1", device: torch.device | str = "cpu"
+) -> tuple[Clips, Clips]:
     """(training clips, validation clips) of a dataset made for this preset's base and encoders.
 
-    Without validation clips the training clips stand in, and a warning says so.
+    With the stage's `encode_online` the encoders are loaded to `device`. Without validation clips the training clips stand
+    in, and a warning says so.
 
     Raises:
-        DatasetError: missing, empty, or made by other encoders.
-        TrainingError: features of another width than the base takes, or clips of another size than the preset's.
+        DatasetError: missing, empty, made by other encoders, or of pictures where latents are wanted and vice versa.
+        ConfigError: `encode_online` as it cannot work.
+        TrainingError: features of another width than the base takes, clips of another size than the preset's, encoders that
+            are not there.
     """
+    config = preset.stage(stage)
+    try:
+        clips, validation_clips = (
+            open_online(dataset, preset, config, device) if config.encode_online else _open_cached(dataset, preset)
+        )
+    except EncoderError as error:
+        raise TrainingError(str(error)) from error
+    if validation_clips.split == "train":
+        log.warning("%s has no validation clips (that takes two videos): validating on training clips", dataset)
+    return clips, validation_clips
+
+
+def _open_cached(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, ClipDataset]:
     wan = preset.model.wan
     versions = preset.encoders.identities(wan.text_len)
     clips, validation_clips = (ClipDataset(dataset, split, wan.text_len, versions=versions) for split in ("train", "val"))
@@ -305,10 +340,7 @@ def open_dataset(dataset: str | Path, preset: Preset) -> tuple[ClipDataset, Clip
                 f"this preset: {BUILD_DATASET}"
             )
         _check_size(dataset, row, preset.clip, wan.out_dim)
-    if not len(validation_clips):
-        log.warning("%s has no validation clips (that takes two videos): validating on training clips", dataset)
-        validation_clips = clips
-    return clips, validation_clips
+    return clips, validation_clips if len(validation_clips) else clips
 
 
 def _check_size(dataset: str | Path, row: ClipRow, clip: ClipConfig, channels: int) -> None:

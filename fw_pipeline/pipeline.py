@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fw_model.config import Preset
+from fw_model.data.online import encode_video
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
@@ -66,6 +67,13 @@ class EncodedClip:
 
 
 @dataclass(frozen=True)
+class PicturesClip:
+    """What the latents step stores of a clip in its place when clips are encoded while training."""
+
+    video: np.ndarray  # [N] uint8, bytes of a lossless mp4 of exactly T frames of H x W
+
+
+@dataclass(frozen=True)
 class EncodedText:
     """What the latents step stores of a prompt."""
 
@@ -91,6 +99,8 @@ class Pipeline:
         self.preset: Preset = settings.load_preset()
         self.store = Store(settings.data)
         self.prompts = Prompts(settings.videos)
+        # The dataset holds pictures, no latents or embeddings: they are encoded while training.
+        self.pictures = self.preset.encode_online()
         self.encoder_ids = self.preset.encoders.identities(self.preset.model.wan.text_len)
         self._hashes: dict[str, str] = {}
 
@@ -167,7 +177,7 @@ class Pipeline:
         elif step == "depth":
             parts = [self._input("geometry", key).fingerprint, made_by(self.depth_engine)]
         else:
-            ids = [self.encoder_ids[part] for part in ("vae", "image")]
+            ids = ["pictures"] if self.pictures else [self.encoder_ids[part] for part in ("vae", "image")]
             parts = [self._input("clips", key).fingerprint, *ids, self._prompt_fault(key)]
         return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -211,12 +221,16 @@ class Pipeline:
         return self._each_clip("geometry", key, made_by(engine), annotate)
 
     def _latents(self, key: str, folder: Path) -> Done:
-        made_by = self.preset.encoders.weights.identity
+        made_by = "pictures" if self.pictures else self.preset.encoders.weights.identity
         if fault := self._prompt_fault(key):
             return Done(video=self._input("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
 
         def encode(clip: Clip) -> dict[str, float]:
             frames = clip_io.read_frames(self._path(key), clip, clip.height, clip.width)
+            if self.pictures:
+                pictures = PicturesClip(encode_video(frames, clip.fps))
+                save_arrays(folder / f"{clip.clip_id}.npz", pictures)
+                return {"video_bytes": float(pictures.video.nbytes)}
             encoded = EncodedClip(self.encoders.encode_video(frames), self.encoders.encode_image(frames[0]))
             save_arrays(folder / f"{clip.clip_id}.npz", encoded)
             return {"latent_std": float(encoded.latents.astype(np.float32).std())}
@@ -233,7 +247,7 @@ class Pipeline:
                     save_arrays(temporary, EncodedText(self.encoders.encode_text(prompt)))
 
     def _texts_of(self, key: str) -> list[str]:
-        return [] if self._prompt_fault(key) else sorted({"", self._prompt(key)})
+        return [] if self.pictures or self._prompt_fault(key) else sorted({"", self._prompt(key)})
 
     def _text_file(self, prompt: str) -> Path:
         made_from = json.dumps([CODE_VERSION, self.encoder_ids["text"], prompt])
@@ -307,7 +321,8 @@ class Pipeline:
 
     def _source(self, key: str) -> str:
         """Digest of all that the packed clips of a video are made from, but for the prompt, which is no part of them."""
-        parts = [CODE_VERSION, *(self._input(step, key).fingerprint for step in ("depth", "latents")), self.encoder_ids["text"]]
+        parts = [CODE_VERSION, *(self._input(step, key).fingerprint for step in ("depth", "latents"))]
+        parts += [] if self.pictures else [self.encoder_ids["text"]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _pack_texts(self, key: str, writer: ShardWriter) -> None:
@@ -319,7 +334,8 @@ class Pipeline:
         geometry, depth = self._input("geometry", key), self._input("depth", key)
         measured = {status.clip_id: status.quality for status in depth.clips}
         finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
-        encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", EncodedClip)
+        kind = PicturesClip if self.pictures else EncodedClip
+        encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", kind)
         names = ("depth", "confidence", "intrinsics", "w2c")
         return ClipRecord(
             clip_id=clip.clip_id,
@@ -329,7 +345,7 @@ class Pipeline:
             prompt=self._prompt(key),
             arrays={name: getattr(finished, name) for name in names} | vars(encoded),
             quality=measured[clip.clip_id],
-            versions={"geometry": geometry.made_by, "depth": depth.made_by, **self.encoder_ids},
+            versions={"geometry": geometry.made_by, "depth": depth.made_by} | ({} if self.pictures else self.encoder_ids),
         )
 
     def misspelt_prompts(self) -> dict[str, str]:

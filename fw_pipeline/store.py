@@ -3,7 +3,7 @@
     clips/<video_key>/        clips.json
     geometry/<video_key>/     <clip_id>.npz
     depth/<video_key>/        <clip_id>.npz
-    latents/<video_key>/      <clip_id>.npz
+    latents/<video_key>/      <clip_id>.npz (with encode_online: its pictures)
     texts/<digest>.npz        embedding of a prompt by a text encoder, for all videos that share it
     dataset/                  manifest.parquet and shards
     outputs/fantasy_world_<stage>/<digest>/    step-N.safetensors, metrics.jsonl, result.json

@@ -56,6 +56,10 @@ class TrainingPlan:
             script += ["--stage1-checkpoint", str(self.stage1_checkpoint)]
         return launch + script
 
+    def environment(self, grace: float) -> dict[str, str]:
+        """What the launcher needs beside its command. When stopped it gives its processes `grace` seconds to save, not 30."""
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}"}
+
     def result(self) -> dict[str, Any] | None:
         """The finished run's result.json, or None while it is not finished."""
         return read_result(self.output)

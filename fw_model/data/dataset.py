@@ -72,7 +72,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if "video" in row.arrays:
                 raise DatasetError(
                     f"{self.path}: clip {row.clip_id} is not encoded yet (it has pictures, no latents); encode it while training "
-                    "with fw_model.data.online.OnlineEncodedClips, or pack the dataset with the latents step"
+                    "with encode_online: true (fw_model.data.online.OnlineEncodedClips), or pack it with the latents step"
                 )
             for key, wanted in versions.items():
                 if row.versions.get(key) != wanted:

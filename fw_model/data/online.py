@@ -1,12 +1,14 @@
 """Clips that are encoded while training: the dataset holds their pictures, and the encoders run on the way to the batch.
 
 Costs a pass of the VAE and of CLIP for every clip of every step (the cached latents cost a read), so it is for trying a
-data set before encoding it, and for augmentations that latents cannot follow. `ClipDataset` reads the cached kind.
+data set before encoding it, and for augmentations that latents cannot follow (`fw_model.data.augment`). `ClipDataset` reads
+the cached kind.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fw_model.config import AugmentConfig, ConfigError, Preset, StageConfig
+from fw_model.data.augment import AugmentDraw, RawClip, augment_clip, draw_augment, frames_needed
+from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest
+from fw_model.data.remote import is_remote
 from fw_model.data.shard_reader import ShardReader
 from fw_model.encoders import Encoders
+
+log = logging.getLogger(__name__)
 
 
 class OnlineEncodedClips(Dataset[dict[str, Any]]):
@@ -26,52 +34,81 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
 
     For clips packed with `schema.RAW_ARRAYS`. Latents are rounded to float16 as the cache's are, so the same pictures give
     equal batches either way. Use it with `workers: 0` when the encoders are on a GPU.
+
+    An index may be epoch * len(self) + index, as a sampler with `tell_epoch` gives it: augmentations are drawn from
+    (seed, epoch, index), so that a resumed run sees what it would have seen.
     """
 
-    def __init__(self, path: str | Path, split: str, encoders: Encoders, verify_hash: bool = True) -> None:
-        """Raises MissingDatasetError when there is no dataset; DatasetError when a clip of the split has no pictures."""
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        encoders: Encoders,
+        frames: int | None = None,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        verify_hash: bool = True,
+    ) -> None:
+        """frames: T of the clips that are given out, as they are stored by default; of longer ones the first T frames are
+        used, or with `augment` those that are drawn.
+
+        Raises MissingDatasetError when there is no dataset; DatasetError when a clip of the split has no pictures, or fewer
+        than `frames` at every stride of `augment`.
+        """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-        self.path = Path(path).absolute()
+        self.path: str | Path = str(path) if is_remote(path) else Path(path).absolute()
         self.split = split
         self.encoders = encoders
         self.text_len = encoders.text_len
         manifest = read_manifest(self.path)
         self.rows = manifest.select(manifest.equal("quarantine", "") & manifest.equal("split", split))
-        for row in self.rows.distinct("arrays"):
-            if "video" not in row.arrays:
-                raise DatasetError(f"{self.path}: clip {row.clip_id} is encoded already; read it with ClipDataset")
-        self._reader = ShardReader(self.path, verify_hash)
+        self.frames, self.augment, self.seed = frames, augment, seed
+        for row in self.rows.distinct("bucket", "arrays"):
+            _check_pictures(self.path, row, self._frames_of(row), augment)
+        self._reader = ShardReader(self.path, verify_hash, manifest=manifest)
         self._embed = lru_cache(maxsize=256)(self._text)
 
     @property
     def buckets(self) -> list[str]:
         """The bucket "HxWxT" of every index, for the sampler."""
         codes, values = self.rows.codes("bucket")
-        return [values[code].as_py() for code in codes]
+        sides = [bucket.rsplit("x", 1) for bucket in values.to_pylist()]
+        names = [f"{side}x{self.frames or frames}" for side, frames in sides]
+        return [names[code] for code in codes.tolist()]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip; raises DatasetError naming shard and clip for damaged bytes, or pictures that are not the clip's."""
+        epoch, index = divmod(index, len(self))
         row = self.rows[index]
         arrays = self._reader.read(row)
-        frames = self._frames(row, arrays["video"])
+        frames = self._decode(row, arrays.pop("video"))
+        clip = augment_clip(RawClip(frames, **arrays, scale=row.scale, fps=row.fps), self._draw(row, epoch, index))
         return {
             "clip_id": row.clip_id,
-            "latents": torch.from_numpy(self.encoders.encode_video(frames)),
+            "latents": torch.from_numpy(self.encoders.encode_video(clip.frames)),
             "text": self._embed(row.prompt).clone(),
-            "image": torch.from_numpy(self.encoders.encode_image(frames[0])),
-            **{name: torch.from_numpy(arrays[name]) for name in ("depth", "intrinsics", "w2c")},
+            "image": torch.from_numpy(self.encoders.encode_image(clip.frames[0])),
+            **{name: torch.from_numpy(getattr(clip, name)) for name in ("depth", "intrinsics", "w2c")},
         }
 
     def empty_text(self) -> torch.Tensor:
         """The empty prompt's embedding [text_len, D] in float32, padded as the samples' are."""
         return self._embed("").float()
 
-    def _frames(self, row: ClipRow, video: np.ndarray) -> np.ndarray:
-        where = f"{self.path / row.shard}: clip {row.clip_id}"
+    def _frames_of(self, row: ClipRow) -> int:
+        return self.frames or row.size[2]
+
+    def _draw(self, row: ClipRow, epoch: int, index: int) -> AugmentDraw:
+        if self.augment is None:
+            return AugmentDraw(self._frames_of(row))
+        return draw_augment(self.augment, self._frames_of(row), row.size[2], self.seed, epoch, index)
+
+    def _decode(self, row: ClipRow, video: np.ndarray) -> np.ndarray:
+        where = f"{self.path}/{row.shard}: clip {row.clip_id}"
         try:
             frames = decode_video(video.tobytes())
         except av.FFmpegError as error:
@@ -86,6 +123,91 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         text = np.zeros((self.text_len, embedding.shape[1]), embedding.dtype)
         text[: len(embedding)] = embedding
         return torch.from_numpy(text)
+
+
+Clips = ClipDataset | OnlineEncodedClips  # what training reads
+
+
+def open_online(
+    path: str | Path, preset: Preset, config: StageConfig, device: torch.device | str
+) -> tuple[OnlineEncodedClips, OnlineEncodedClips]:
+    """(training clips, validation clips) of a dataset of pictures; without any of its own, validation gets the training
+    clips. Training clips are augmented as the stage says, validation clips never.
+
+    All is checked that can be before the encoders are loaded.
+
+    Raises:
+        DatasetError: missing, empty, of latents, or of clips that do not fit the preset's size or the strides.
+        ConfigError: encoders on a GPU with data workers, or of other sizes than the base takes.
+        EncoderError: the encoders' weights are not there.
+    """
+    device, augment, wan = torch.device(device), config.augment, preset.model.wan
+    if device.type != "cpu" and config.workers:
+        raise ConfigError(
+            f"encode_online: the encoders run on {device}, which data workers cannot use; set workers: 0 (it is {config.workers})"
+        )
+    manifest = read_manifest(path)
+    rows = manifest.select(manifest.equal("quarantine", "")).distinct("split", "bucket", "arrays")
+    for row in rows:
+        _check_pictures(path, row, preset.clip.frames, augment)
+        _check_size(path, row, preset, augment)
+    for stride in augment.strides if augment else ():
+        longest = max((row.size[2] for row in rows), default=0)
+        if (needed := frames_needed(preset.clip.frames, stride)) > longest:
+            raise DatasetError(
+                f"{path}: augment.strides: a stride of {stride} needs clips of {needed} frames to give {preset.clip.frames}, the "
+                f"longest has {longest}; leave {stride} out, or pack with clip.frames={needed} and train with "
+                f"clip.frames={preset.clip.frames}"
+            )
+    if not any(row.split == "train" for row in rows):
+        raise DatasetError(f"{path}: no clip in its train split; see: python -m fw_model.data info {path}")
+    encoders = Encoders.from_config(preset.encoders, wan.text_len, str(device))
+    tokens, width = encoders.encode_image(np.zeros((16, 16, 3), np.uint8)).shape
+    found, wanted = (encoders.encode_text("").shape[1], tokens, width), (wan.text_dim, wan.image_tokens, wan.image_dim)
+    if found != wanted:
+        raise ConfigError(
+            f"preset {preset.name!r}: the encoders give text of width {found[0]} and image features {found[1:]}, the base takes "
+            f"{wanted[0]} and {wanted[1:]}"
+        )
+    size = sum(p.nbytes for part in (encoders.vae, encoders.text, encoders.image) for p in part.parameters())
+    log.info(
+        "encoding while training: VAE, UMT5 and CLIP stay on %s (%.2f GB in every process), VAE and CLIP run for every clip of "
+        "every step; data_seconds in metrics.jsonl says what that costs. Latents that are cached cost a read",
+        *(device, size / 1e9),
+    )
+    training = OnlineEncodedClips(path, "train", encoders, preset.clip.frames, augment, config.seed)
+    held_out = "val" if any(row.split == "val" for row in rows) else "train"
+    return training, OnlineEncodedClips(path, held_out, encoders, preset.clip.frames)
+
+
+def _check_pictures(path: str | Path, row: ClipRow, frames: int, augment: AugmentConfig | None) -> None:
+    """Refuse a clip that has no pictures, or too few for a clip of `frames`."""
+    if "video" not in row.arrays:
+        raise DatasetError(
+            f"{path}: clip {row.clip_id} is encoded already (it has latents, no pictures); read it with ClipDataset, in training "
+            "with encode_online: false and without augment, or pack a dataset of pictures (docs/dataset.md)"
+        )
+    needed = frames_needed(frames, min(augment.strides) if augment else 1)
+    if row.size[2] < needed:
+        raise DatasetError(
+            f"{path}: clip {row.clip_id} has {row.size[2]} frames, a clip of {frames} needs {needed}; pack longer clips "
+            f"(clip.frames={needed}) or train on shorter ones"
+        )
+
+
+def _check_size(path: str | Path, row: ClipRow, preset: Preset, augment: AugmentConfig | None) -> None:
+    """Refuse a clip of another size than the preset's, or longer than it where nothing says which frames are meant."""
+    height, width, frames = row.size
+    if preset.clip.bucket(height, width)[:2] != (height, width):
+        raise DatasetError(
+            f"{path}: clip {row.clip_id} is in bucket {row.bucket}, the preset's are {' and '.join(preset.clip.buckets)}; train "
+            f"at the dataset's size: clip.size={height}x{width}"
+        )
+    if augment is None and frames != preset.clip.frames:
+        raise DatasetError(
+            f"{path}: clip {row.clip_id} has {frames} frames, the preset's clips {preset.clip.frames}; train with "
+            f"clip.frames={frames}, or with augment, which draws windows from longer clips"
+        )
 
 
 def decode_video(data: bytes) -> np.ndarray:

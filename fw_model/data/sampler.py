@@ -31,7 +31,7 @@ class ResumableBucketSampler(Sampler[list[int]]):
     `load_state_dict` a new iterator gives exactly the batches that were still to come, whatever the number of ranks.
 
     With `tell_epoch` an index that is given out is epoch * len(buckets) + index, for a dataset that must know the epoch to
-    draw its augmentations from (seed, epoch, index), such as `augment.AugmentedClips`.
+    draw its augmentations from (seed, epoch, index), such as `online.OnlineEncodedClips`.
     """
 
     def __init__(

@@ -10,7 +10,9 @@ from fw_pipeline.resources import PipelineResource
 
 @per_video_asset("dataset", deps=[clips], pool="gpu")
 def latents(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> None:
-    """VAE latents and first-frame features of each clip, and each distinct prompt's embedding: training loads no encoder."""
+    """VAE latents and first-frame features of each clip, and each distinct prompt's embedding: training loads no encoder.
+
+    With `encode_online` in the preset's stages, each clip's pictures instead."""
     for_each_video(context, pipeline, "latents")
 
 

@@ -5,7 +5,7 @@ import dagster as dg
 from fw_model.config import Stage
 from fw_pipeline.assets.dataset import training_shards
 from fw_pipeline.assets.pictures import picture
-from fw_pipeline.resources import PipelineResource
+from fw_pipeline.resources import TERMINATION_TIMEOUT_SECONDS, PipelineResource
 
 
 @dg.asset(deps=[training_shards], group_name="train", kinds={"pytorch"}, pool="gpu")
@@ -40,7 +40,9 @@ def run_training(
     context.log.info("output: %s", plan.output)
     if plan.stage1_checkpoint:
         context.log.info("starts from %s", plan.stage1_checkpoint)
-    pipes.run(command=plan.command(), context=context, cwd=str(PROJECT))
+    # The launcher kills what has not ended before Dagster gives up on the launcher.
+    environment = plan.environment(grace=TERMINATION_TIMEOUT_SECONDS - 30)
+    pipes.run(command=plan.command(), env=environment, context=context, cwd=str(PROJECT))
     result = plan.result()
     if result is None:
         raise dg.Failure(f"{stage}: training ended without {plan.output / 'result.json'}; launch the job again to resume it")

@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fw_model.config import ConfigError
 from fw_model.data.manifest import read_manifest, read_texts
+from fw_model.data.online import decode_video
+from fw_model.data.shard_reader import ShardReader
+from fw_model.data.verify import verify
 from fw_pipeline import pipeline as pipeline_module
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
@@ -218,3 +222,26 @@ def test_a_malformed_prompt_sets_its_video_aside_and_the_others_go_on(pipeline: 
 def test_names_in_the_table_that_are_no_videos_are_told(pipeline: Pipeline) -> None:
     (pipeline.settings.videos / "prompts.csv").write_text("video,prompt\nmisspelt.mp4,x\n", encoding="utf-8")
     assert pipeline.misspelt_prompts() == {"misspelt.mp4": "prompts.csv, line 2"}
+
+
+def test_pictures_are_packed_for_presets_that_encode_while_training(pipeline: Pipeline) -> None:
+    run_all(pipeline)
+    pipeline.pack()
+    online = tuple(f"stage{n}.encode_online=true" for n in (1, 2))
+    pictures = Pipeline(pipeline.settings.model_copy(update={"overrides": online}))
+    pictures.__dict__.update(geometry_engine=pipeline.geometry_engine, encoders=None)  # no encoder runs
+    key = next(iter(pictures.videos))
+    assert pictures.is_stale("latents", key)
+    assert not pictures.is_stale("depth", key)
+    run_all(pictures)
+    assert pictures.pack().kept == 0
+    assert verify(pictures.store.dataset) == []
+    clip = pictures.clips_of(key, pictures.store.done("depth", key))[0]  # type: ignore[arg-type]
+    row = next(row for row in read_manifest(pictures.store.dataset) if row.clip_id == clip.clip_id)
+    shown = decode_video(ShardReader(pictures.store.dataset).read(row)["video"].tobytes())
+    wanted = clip_io.read_frames(pictures.settings.videos / clip.video, clip, clip.height, clip.width)
+    np.testing.assert_array_equal(shown, wanted)
+    assert set(row.versions) == {"geometry", "depth"}
+    assert pictures.pack().kept == 2
+    with pytest.raises(ConfigError, match="packs one dataset for both"):
+        Pipeline(pipeline.settings.model_copy(update={"overrides": online[:1]}))

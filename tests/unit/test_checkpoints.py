@@ -158,6 +158,17 @@ def test_latest_is_by_number_and_ignores_unfinished_files(tmp_path: Path) -> Non
     assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "step-10.ema.safetensors"
 
 
+def test_pruning_keeps_the_newest_steps_their_averages_and_the_named_result(tmp_path: Path) -> None:
+    for name in ("step-2", "step-2.ema", "step-9", "step-9.ema", "step-10", "step-10.ema", "step-11"):
+        (tmp_path / f"{name}.safetensors").touch()
+    (tmp_path / "result.json").touch()
+    checkpoints.prune_checkpoints(tmp_path, 2, spare="step-2.ema.safetensors")
+    left = {"step-2.ema.safetensors", "step-10.safetensors", "step-10.ema.safetensors", "step-11.safetensors", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    checkpoints.prune_checkpoints(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-11.safetensors", "result.json"}
+
+
 def trained(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
     parameters = TwoPartModel().trainable_parameters()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ from tests.unit.test_train import numbers, small_preset, stop_at
 
 # Validation lies between two training steps: what it leaves behind in a sharded model must not be trained on.
 PER_DEVICE = ("global_batch=4", "batch_per_device=1", "steps=3", "validate_every=2", "ema_decay=0.5", "collective_timeout=555")
+SAVING = ("save_every=100", "state_every=2")  # gathering a sharded model tensor by tensor is most of what these runs cost
 
 
 def preset_of(*overrides: str) -> Preset:
-    common = [f"{stage}.{item}" for stage in ("stage1", "stage2") for item in PER_DEVICE]
+    common = [f"{stage}.{item}" for stage in ("stage1", "stage2") for item in PER_DEVICE + SAVING]
     return small_preset(*common, *overrides)
 
 
@@ -41,36 +45,54 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_one(folder)
     codes = processes.run(with_two, folder, log=folder / "log", world=2)
     assert codes == [0, 0], processes.output(folder / "log", 0)[-3000:] + processes.output(folder / "log", 1)[-3000:]
+    as_killed_after_step_2(folder / "fsdp", folder / "two to one")
     train.train(preset_of(), "stage1", folder / "dataset", folder / "two to one")
     return folder
 
 
-def stopped(preset: Preset, dataset: Path, output: Path) -> None:
-    """Train until step 2 of 3 is done and saved."""
-    with pytest.raises(train.Interrupted):
-        train.train(preset, "stage1", dataset, output, on_metrics=stop_at(1))
+def as_killed_after_step_2(run: Path, copy: Path) -> None:
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("step-3*", "result.json"))
 
 
 def with_one(folder: Path) -> None:
     dataset = folder / "dataset"
     train.train(preset_of(), "stage1", dataset, folder / "one")
     train.train(preset_of("stage2.steps=1"), "stage2", dataset, folder / "one stage2", folder / "one" / "step-3.safetensors")
-    stopped(preset_of(), dataset, folder / "one to two")
+    as_killed_after_step_2(folder / "one", folder / "one to two")
 
 
 def with_two(folder: Path) -> None:
     """In each of two processes."""
     dataset = folder / "dataset"
-    train.train(preset_of(), "stage1", dataset, folder / "ddp")
-    stopped(preset_of(), dataset, folder / "ddp resumed")
+    with watched_gradients(folder):
+        train.train(preset_of(), "stage1", dataset, folder / "ddp")
+    with pytest.raises(train.Interrupted, match="after step 2"):  # the main process alone is told to stop
+        train.train(preset_of(), "stage1", dataset, folder / "ddp resumed", on_metrics=stop_at(1))
     train.train(preset_of(), "stage1", dataset, folder / "ddp resumed")
     train.train(preset_of(*FSDP), "stage1", dataset, folder / "fsdp")
     train.train(preset_of(*FSDP), "stage1", dataset, folder / "one to two")
-    stopped(preset_of(*FSDP), dataset, folder / "two to one")
     stage1 = folder / "one" / "step-3.safetensors"
     train.train(preset_of("stage2.steps=1", *FSDP), "stage2", dataset, folder / "fsdp stage2", stage1)
     check_shards(folder)
     pass_over_on_both(folder)
+
+
+@contextmanager
+def watched_gradients(folder: Path) -> Iterator[None]:
+    """Write, after every step, how many blocks of memory hold the gradients there are."""
+    clear, counts = train._clear_gradients, []
+
+    def watched(run: Any) -> None:
+        clear(run)
+        gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
+        counts.append([len(gradients), len({g.untyped_storage().data_ptr() for g in gradients})])
+
+    train._clear_gradients = watched
+    try:
+        yield
+    finally:
+        train._clear_gradients = clear
+    (folder / "gradients.json").write_text(json.dumps(counts))
 
 
 def check_shards(folder: Path) -> None:
@@ -145,6 +167,12 @@ def test_sharded_stage_2_follows_the_unsharded_one(runs: Path) -> None:
 def test_a_process_holds_half_of_the_sharded_weights(runs: Path) -> None:
     shares = json.loads((runs / "shares.json").read_text())
     assert 0.5 <= shares["held"] / shares["whole"] < 0.75  # at this size what stays whole of the base weighs more than at full
+
+
+def test_gradients_of_data_parallel_stay_in_the_buckets_that_are_exchanged(runs: Path) -> None:
+    for gradients, blocks in json.loads((runs / "gradients.json").read_text()):
+        assert gradients > 100
+        assert blocks < 5
 
 
 def test_processes_wait_for_each_other_as_long_as_configured(runs: Path) -> None:

@@ -33,7 +33,6 @@ def demo_clip() -> Batch:
         text=torch.randn(1, wan.text_len, wan.text_dim, generator=generator),
         image=torch.randn(1, wan.image_tokens, wan.image_dim, generator=generator),
         depth=depth[None] / scale,
-        valid=torch.ones(1, FRAMES, HEIGHT, WIDTH, dtype=torch.bool),
         intrinsics=intrinsics[None],
         w2c=w2c[None],
     )

@@ -289,7 +289,7 @@ def test_non_finite_steps_are_named_and_passed_over_then_stop_the_run(
 
 
 def test_losses_fall_on_the_validation_clips(dataset: Path, tmp_path: Path) -> None:
-    preset = small_preset("stage1.steps=30", "stage1.validate_every=100", "stage1.save_every=100")
+    preset = small_preset("stage1.steps=12", "stage1.validate_every=100", "stage1.save_every=100")
     validation = train.train(preset, "stage1", dataset, tmp_path).validation
     assert validation["after"]["total"] < 0.8 * validation["before"]["total"]
 

@@ -119,6 +119,13 @@ def test_every_key_on_the_page_is_a_knob(tmp_path: Path) -> None:
     assert {"max_skipped", "spike_factor"} <= set(knobs) <= set(stage)
 
 
+def test_defaults_on_the_page_are_the_presets() -> None:
+    stage = load_preset("wan2.1-fun-1.3b").stage1
+    shown = dict(re.findall(r"^\| `(\w+)` \| (\w+)\b[^|]*\|", PAGE, flags=re.MULTILINE))
+    assert {"state_every", "keep_states", "save_every", "keep_checkpoints"} <= set(shown)
+    assert {key: yaml.safe_load(value) for key, value in shown.items()} == {key: getattr(stage, key) for key in shown}
+
+
 def test_batch_table_is_what_the_loop_accepts() -> None:
     rows = re.findall(r"^\| (\d+) \| ([\dx, ]+|none) \| ([\dx, ]+|none) \|$", PAGE, flags=re.MULTILINE)
     assert {row[0] for row in rows} >= {"1", "8", "64", "112"}

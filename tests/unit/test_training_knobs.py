@@ -23,7 +23,7 @@ from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import DatasetError
 from fw_model.fantasy_world import FantasyWorld
 from fw_model.metrics_log import in_words, read_metrics
-from fw_model.run_folder import TrainingError, base_hash
+from fw_model.run_folder import TrainingError, TrainResult, base_hash, stage1_result, write_result
 from tests.unit.made_scenes import pack_scenes
 from tests.unit.test_train import no_model, numbers, small_preset, stop_at
 
@@ -163,6 +163,37 @@ def test_moving_average_is_saved_and_is_what_is_validated(dataset: Path, tmp_pat
     assert read_metadata(tmp_path / "step-1.safetensors").weights == "trained"
 
 
+def test_adamw_is_fused_and_goes_on_from_the_state_of_the_plain_one() -> None:
+    weights = {"a": torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7)), "b": torch.nn.Parameter(torch.ones(3))}
+    plain = torch.optim.AdamW([{"params": [weights["a"]]}, {"params": [weights["b"]], "weight_decay": 0.0}], lr=0.1)
+    for knobs in ({}, {"offload_optimizer": True}):
+        fused = optimizers.make_optimizer(weights, config_of(learning_rate=0.1, **knobs))
+        assert fused.defaults["fused"]
+        for parameter in weights.values():
+            parameter.grad = parameter.detach().cos()
+        plain.step()
+        saved = {key: tensor.clone() for key, tensor in optimizers.moments(weights, plain).items()}
+        optimizers.put_moments_back(saved.items(), weights, fused, lambda tensor, weight: tensor.clone())
+        before = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        fused.step()
+        after = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        for name, parameter in weights.items():
+            parameter.data = before[name]
+        plain.step()
+        assert all(torch.allclose(after[name], parameter, rtol=1e-5) for name, parameter in weights.items())
+        assert all(int(state["step"]) == int(plain.state[p]["step"]) for p, state in fused.state.items())
+
+
+# ---------------------------------------------------------------------------------------------------- what is saved
+
+
+def test_states_are_saved_at_their_own_steps_and_with_every_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    keys = ("steps=5", "save_every=2", "state_every=3", "keep_states=9", "keep_checkpoints=1", "ema_decay=0.5")
+    train.train(small_preset(*(f"stage1.{key}" for key in keys)), "stage1", dataset, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-2", "step-3", "step-4", "step-5"]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["step-5.ema.safetensors", "step-5.safetensors"]
+
+
 # ------------------------------------------------------------------------------------------------ precision, compile
 
 
@@ -284,12 +315,35 @@ def test_stage_2_is_refused_when_the_bases_files_have_changed_since_stage_1(
         train.train(small_preset(), "stage2", dataset, tmp_path / "out", changed)
 
 
+def test_stage_2_does_not_start_from_a_stage_1_that_is_not_complete(tmp_path: Path) -> None:
+    assert stage1_result(tmp_path) is None
+    (tmp_path / "state" / "step-4").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"no result\.json\). Run its command again to complete it$"):
+        stage1_result(tmp_path)
+    (tmp_path / "step-4.safetensors").touch()
+    with pytest.raises(TrainingError, match=r"--stage1-checkpoint .*/step-4\.safetensors"):
+        stage1_result(tmp_path)
+    write_result(tmp_path, TrainResult("stage1", 2, "step-2.ema.safetensors", {}, "val", 1.0, "config", "data"))
+    assert stage1_result(tmp_path) == tmp_path / "step-2.ema.safetensors"
+
+
+def test_processes_of_one_machine_share_the_hash_that_one_of_them_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [(3, "config", "data", "abc"), (3, "config", "data", "")]
+    monkeypatch.setattr(training_run, "gather_object", lambda mine: seen)
+    assert training_run._check_same_everywhere(tmp_path, seen[1]) == "abc"
+    for other in ((3, "config", "data", "abd"), (2, "config", "data", "")):
+        seen[1:] = [other]
+        with pytest.raises(TrainingError, match="do not see the same run"):
+            training_run._check_same_everywhere(tmp_path, other)
+
+
 def test_hash_of_a_base_follows_its_files(tmp_path: Path) -> None:
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     file.write_bytes(b"weights")
     base = WeightsConfig(repo=str(tmp_path))
     before = base_hash(base)
     assert base_hash(base) == before
+    assert base_hash(base, contents=False) == ""
     file.write_bytes(b"weightz")
     assert base_hash(base) != before
 

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,24 @@ def test_a_checkpoint_that_is_gone_is_named(settings: Settings) -> None:
     finish(plan_training(settings, "stage1")).unlink()
     with pytest.raises(MissingPrerequisite, match=r"step-7\.safetensors"):
         plan_training(settings, "stage2")
+
+
+def test_a_stopped_launcher_leaves_the_training_as_long_to_save_as_dagster_waits(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dagster as dg
+
+    from fw_pipeline.assets.training import run_training
+    from fw_pipeline.resources import RESOURCES, TERMINATION_TIMEOUT_SECONDS
+
+    started: list[dict[str, Any]] = []
+    context: Any = SimpleNamespace(log=SimpleNamespace(info=lambda *_: None))
+    pipes: Any = SimpleNamespace(run=lambda **how: started.append(how))
+    with pytest.raises(dg.Failure, match="launch the job again to resume"):  # nothing was trained
+        run_training(context, SimpleNamespace(settings=lambda: settings), pipes, "stage1")  # type: ignore[arg-type]
+    grace = float(started[0]["env"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert 0.9 * TERMINATION_TIMEOUT_SECONDS < grace < TERMINATION_TIMEOUT_SECONDS
+    assert RESOURCES["pipes"].termination_timeout_seconds == TERMINATION_TIMEOUT_SECONDS  # type: ignore[attr-defined]
 
 
 def test_the_preset_beside_the_results_is_the_whole_configuration(settings: Settings) -> None:
