@@ -90,14 +90,23 @@ class ShardReader:
             opened.file.close()
             opened = None
         if opened is None:
-            path = self._local(shard)
-            opened = _Open(path, _identity(path), open_parquet(path))
+            opened = self._open(shard)
             for name in [name for name, other in self._files.items() if not other.path.exists()]:
                 self._files.pop(name).file.close()  # evicted from the cache: lets go of its space
         self._files[shard] = opened  # most recently used last
         while len(self._files) > self.max_open:
             self._files.pop(next(iter(self._files))).file.close()
         return opened.file
+
+    def _open(self, shard: str) -> _Open:
+        for attempt in range(5):
+            path = self._local(shard)
+            try:
+                return _Open(path, _identity(path), open_parquet(path))
+            except DatasetError:  # another process may have needed its place in the cache just now
+                if self._remote is None or path.exists() or attempt == 4:
+                    raise
+        raise AssertionError("not reached")
 
     def _local(self, shard: str) -> Path:
         if self._remote is None:

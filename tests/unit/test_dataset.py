@@ -100,7 +100,7 @@ def test_clips_of_different_buckets_do_not_stack(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
-    """Seven clips of one bucket and three of another, in several shards: 4 steps of 4 in an epoch, both buckets filled up."""
+    """Seven clips of one bucket and three of another, in several shards: 3 steps of 4 in an epoch, both buckets filled up."""
     path = tmp_path_factory.mktemp("loader") / "dataset"
     with ShardWriter(path, target_bytes=60_000) as writer:
         for i in range(10):

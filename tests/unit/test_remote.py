@@ -110,6 +110,23 @@ def test_the_cache_keeps_to_its_size(local: Path, monkeypatch: pytest.MonkeyPatc
         ClipDataset(URL, "train", 8)[0]
 
 
+def test_a_shard_that_another_process_drops_before_it_is_opened_is_fetched_again(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, dropped = remote.RemoteFolder.fetch, []
+
+    def drops_once(self: remote.RemoteFolder, name: str, *known: Any) -> Path:
+        path = fetch(self, name, *known)
+        if name.startswith("train-") and not dropped:
+            dropped.append(name)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(remote.RemoteFolder, "fetch", drops_once)
+    assert ClipDataset(URL, "train", 8)[0]["depth"].any()
+    assert dropped
+
+
 def test_a_shard_that_arrives_damaged_is_named(local: Path) -> None:
     memory = fsspec.filesystem("memory")
     name = next(name for name in memory.store if "train-00000" in name)
