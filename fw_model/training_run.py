@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -257,7 +258,8 @@ def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
     """accelerate's idea of devices and processes, with the stage's trackers.
 
     The stage's precision is applied by `objective.autocast`: accelerate's own setting is per process, not per run.
-    Raises TrainingError for a tracker that is not there or a way of distributing that this loop does not know.
+    Raises TrainingError for a tracker that is not there, a way of distributing that this loop does not know, and processes
+    that do not know of each other.
     """
     installed = sorted(tracker.value for tracker in get_available_trackers())
     if missing := [tracker for tracker in config.trackers if tracker not in installed]:
@@ -270,6 +272,11 @@ def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no", log_with=list(config.trackers) or None, project_dir=output, kwargs_handlers=[timeout, parallel]
     )
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise TrainingError(
+            f"the launcher started {started} processes, of which accelerate sees {accelerator.num_processes}: each would train "
+            "by itself. On CPUs start them with ACCELERATE_USE_CPU=true in the environment"
+        )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise TrainingError(
             f"accelerate is set to {accelerator.distributed_type.value}; this loop runs on one device or with plain processes "

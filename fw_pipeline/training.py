@@ -40,13 +40,18 @@ class TrainingPlan:
         self.preset_file.write_text(yaml.safe_dump(self.preset.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     def command(self) -> list[str]:
-        """The `accelerate launch` line, as a list (no shell)."""
+        """The `accelerate launch` line, as a list (no shell); torchrun's for several processes on CPUs.
+
+        There `accelerate launch --cpu --num_processes 2` starts a single process (seen in 1.15) and says nothing.
+        """
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
         launch += ["--num_processes", str(self.processes), "--mixed_precision", "no"]  # the stage's own `precision` decides
         # One thread: with two, a step of the tiny preset on 2 cores took 0.4 to 19 s as soon as anything else ran, against a
         # steady 0.36 s; on GPUs the CPU's threads do not matter.
         launch += ["--num_cpu_threads_per_process", "1"]
-        if self.device == "cpu":
+        if self.device == "cpu" and self.processes > 1:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
+        elif self.device == "cpu":
             launch.append("--cpu")
         elif self.processes > 1:
             launch.append("--multi_gpu")
@@ -58,7 +63,8 @@ class TrainingPlan:
 
     def environment(self, grace: float) -> dict[str, str]:
         """What the launcher needs beside its command. When stopped it gives its processes `grace` seconds to save, not 30."""
-        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}"}
+        on_cpu = {"ACCELERATE_USE_CPU": "true"} if self.device == "cpu" else {}
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}", **on_cpu}
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result.json, or None while it is not finished."""

@@ -363,6 +363,12 @@ def test_log_lines_and_metrics_say_how_long_it_will_take(plain: Path) -> None:
     assert in_words({"loss/total": 0.5, "eta_seconds": 3_723.4}) == "total 0.5 eta 1:02:03"
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="started 2 processes, of which accelerate sees 1: .*ACCELERATE_USE_CPU=true"):
+        training_run.make_accelerator(small_preset().stage1, tmp_path)
+
+
 def test_tracker_that_is_not_installed_is_refused_by_name(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_run.FantasyWorld, "from_preset", no_model)
     for name in ("aim", "nonsense"):

@@ -98,8 +98,15 @@ def test_the_preset_beside_the_results_is_the_whole_configuration(settings: Sett
     assert load_preset(str(plan.preset_file)) == plan.preset
 
 
-@pytest.mark.parametrize(("device", "processes", "flag"), [("cpu", 1, "--cpu"), ("cpu", 2, "--cpu"), ("cuda", 2, "--multi_gpu")])
-def test_the_launch_line_fits_the_machine(settings: Settings, device: str, processes: int, flag: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "processes", "flag", "count"),
+    [
+        ("cpu", 1, "--cpu", "--num_processes"),
+        ("cpu", 2, "torch.distributed.run", "--nproc_per_node"),  # accelerate's launcher would start one
+        ("cuda", 2, "--multi_gpu", "--num_processes"),
+    ],
+)
+def test_the_launch_line_fits_the_machine(settings: Settings, device: str, processes: int, flag: str, count: str) -> None:
     command = plan_training(settings.model_copy(update={"device": device, "processes": processes}), "stage1").command()
     assert flag in command
-    assert command[command.index("--num_processes") + 1] == str(processes)
+    assert command[command.index(count) + 1] == str(processes)
