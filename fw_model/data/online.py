@@ -171,9 +171,9 @@ def open_online(
         )
     size = sum(p.nbytes for part in (encoders.vae, encoders.text, encoders.image) for p in part.parameters())
     log.info(
-        "encoding while training: VAE, UMT5 and CLIP stay on %s (%.2f GB in every process), VAE and CLIP run for every clip of "
+        "encoding while training: VAE, UMT5 and CLIP stay on %s (%.0f MB in every process), VAE and CLIP run for every clip of "
         "every step; data_seconds in metrics.jsonl says what that costs. Latents that are cached cost a read",
-        *(device, size / 1e9),
+        *(device, size / 1e6),
     )
     training = OnlineEncodedClips(path, "train", encoders, preset.clip.frames, augment, config.seed)
     held_out = "val" if any(row.split == "val" for row in rows) else "train"
