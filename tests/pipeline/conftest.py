@@ -13,6 +13,7 @@ import pytest
 from fw_pipeline.demo import SHOTS, render_demo
 
 PROJECT = Path(__file__).parents[2]
+LONG_SIDE = 224  # small frames: what is tested is the graph; tests/unit/test_colmap.py and the demo hold annotators to their bars
 # Seconds instead of minutes: the tiny preset's architecture, a handful of steps.
 QUICK = """\
 preset: tiny
@@ -78,7 +79,7 @@ def prepare(root: Path, videos: Path, patch: pytest.MonkeyPatch) -> None:
 def environment_of(root: Path) -> dict[str, str]:
     home = str(root / "dagster_home")
     folders = {"FW_DATA": str(root / "data"), "FW_VIDEOS": str(root / "videos"), "FW_PRESET": str(root / "quick.yaml")}
-    return folders | {"DAGSTER_HOME": home, "FW_DAGSTER_HOME": home}
+    return folders | {"DAGSTER_HOME": home, "FW_DAGSTER_HOME": home, "FW_ANNOTATION_LONG_SIDE": str(LONG_SIDE)}
 
 
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:

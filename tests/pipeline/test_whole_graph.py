@@ -13,7 +13,7 @@ from fw_pipeline.pipeline import Pipeline
 from fw_pipeline.schedules import reannotate
 from fw_pipeline.settings import Settings, settings_from_env
 from fw_pipeline.training import plan_training
-from tests.pipeline.conftest import FinishedGraph, environment_of, shell
+from tests.pipeline.conftest import LONG_SIDE, FinishedGraph, environment_of, shell
 
 STAGE2 = "source env.sh && dagster job execute -j stage2_training"
 
@@ -21,7 +21,8 @@ STAGE2 = "source env.sh && dagster job execute -j stage2_training"
 @pytest.fixture
 def settings(finished_graph: FinishedGraph) -> Settings:
     root = finished_graph.root
-    return settings_from_env(data=root / "data", videos=root / "videos", preset=str(root / "quick.yaml"))
+    preset = str(root / "quick.yaml")
+    return settings_from_env(data=root / "data", videos=root / "videos", preset=preset, annotation_long_side=LONG_SIDE)
 
 
 def test_every_job_runs_from_videos_to_reports(finished_graph: FinishedGraph, settings: Settings) -> None:
@@ -61,6 +62,7 @@ def test_a_second_run_recomputes_nothing(finished_graph: FinishedGraph, settings
 
     before = depth_files()
     config = {"data": str(settings.data), "videos": str(settings.videos), "preset": settings.preset}
+    config["annotation_long_side"] = LONG_SIDE
     with dg.DagsterInstance.ephemeral() as instance:
         run = defs.resolve_job_def("annotate_videos").execute_in_process(
             run_config={"resources": {"pipeline": {"config": config}}},
@@ -101,10 +103,18 @@ def test_the_schedule_skips_when_everything_is_up_to_date(finished_graph: Finish
         assert isinstance(reannotate(context), dg.SkipReason)
 
 
-def test_one_partition_annotates_one_video(environment: Path) -> None:
+def test_one_partition_annotates_one_video(
+    finished_graph: FinishedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a copy of the finished graph without its depth: cameras need not be found again."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished_graph.root, root)
+    shutil.rmtree(root / "data" / "depth")
+    for name, value in environment_of(root).items():
+        monkeypatch.setenv(name, value)
     keys = sorted(Pipeline(settings_from_env()).videos)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("video", keys)
-        run = defs.resolve_job_def("annotate_videos").execute_in_process(instance=instance, partition_key=keys[0])
+        run = defs.resolve_job_def("annotate_videos").execute_in_process(instance=instance, partition_key=keys[-1])
     assert run.success
-    assert [path.name for path in (environment / "data" / "depth").iterdir()] == [keys[0]]
+    assert [path.name for path in (root / "data" / "depth").iterdir()] == [keys[-1]]
