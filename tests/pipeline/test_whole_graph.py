@@ -61,8 +61,8 @@ def test_a_second_run_recomputes_nothing(finished_graph: FinishedGraph, settings
         return {path: path.stat().st_mtime_ns for path in (settings.data / "depth").glob("*/*.npz")}
 
     before = depth_files()
-    config = {"data": str(settings.data), "videos": str(settings.videos), "preset": settings.preset}
-    config["annotation_long_side"] = LONG_SIDE
+    folders = {"data": str(settings.data), "videos": str(settings.videos)}
+    config = {**folders, "preset": settings.preset, "annotation_long_side": LONG_SIDE}
     with dg.DagsterInstance.ephemeral() as instance:
         run = defs.resolve_job_def("annotate_videos").execute_in_process(
             run_config={"resources": {"pipeline": {"config": config}}},
