@@ -154,7 +154,7 @@ def _opened(folder: str, process: int) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(folder, skip_instance_cache=True)
     except ImportError as error:
-        raise DatasetError(f"{folder}: {error}; for s3://: pip install 'fantasyworld-pipeline[remote]'") from error
+        raise DatasetError(f"{folder}: {error}; for s3://: pip install -c constraints.txt -e '.[remote]'") from error
     except ValueError as error:
         raise DatasetError(f"{folder}: {error}") from error
 

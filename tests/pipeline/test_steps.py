@@ -57,7 +57,7 @@ def truth_as_geometry(video: Path, clip: clip_io.Clip, size: tuple[int, int]) ->
 
 @pytest.fixture
 def pipeline(environment: Path) -> Pipeline:
-    pipeline = Pipeline(settings_from_env())
+    pipeline = Pipeline(settings_from_env(annotation_long_side=448))  # the default: the bars are for it
     pipeline.__dict__["geometry_engine"] = Oracle(pipeline)
     return pipeline
 
