@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, parse_arrays, read_manifest, read_text_rows
 from fw_model.data.remote import is_remote
@@ -167,5 +167,6 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
                     f"collate: clips {first['clip_id']} and {sample['clip_id']} differ in {name}: "
                     f"{list(first[name].shape)} and {list(sample[name].shape)}"
                 )
-    stacked = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    # torch's own collate stacks straight into the memory that a worker shares with the loader.
+    stacked = {name: default_collate([sample[name] for sample in samples]) for name in names}
     return Batch(clip_ids=[sample["clip_id"] for sample in samples], **stacked)

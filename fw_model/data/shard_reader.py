@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fw_model.data.manifest import ClipRow, DatasetError, Manifest, dataset_folder, open_parquet, read_manifest
@@ -19,6 +19,11 @@ class _Open(NamedTuple):
     path: Path
     identity: tuple[int, int, int]
     file: pq.ParquetFile
+    bytes: BinaryIO
+
+    def close(self) -> None:
+        self.file.close()
+        self.bytes.close()
 
 
 class ShardReader:
@@ -49,29 +54,31 @@ class ShardReader:
         return reader
 
     def read(self, row: ClipRow) -> dict[str, np.ndarray]:
-        """Arrays of a row of the manifest or of the texts, named and shaped as it says, viewing the bytes that were read: those
-        are this caller's own, so the arrays may be changed.
+        """Arrays of a row of the manifest or of the texts, named and shaped as it says: views of the mapped shard,
+        uncopied. The mapping is this caller's own: what is written to the arrays changes no file and no other read.
 
         Raises DatasetError naming shard and clip when the shard is missing, damaged, or its bytes have another hash.
         """
         where = f"{os.path.join(self.path, row.shard)}: clip {row.clip_id} (row group {row.row_group})"
-        file = self._file(row.shard)
-        if not 0 <= row.row_group < file.num_row_groups:
-            raise DatasetError(f"{where}: the shard has {file.num_row_groups} row groups; pack the dataset again")
-        try:
-            table = file.read_row_group(row.row_group, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DatasetError(f"{where}: cannot be read ({error})") from error
+        opened = self._file(row.shard)
+        if not 0 <= row.row_group < opened.file.num_row_groups:
+            raise DatasetError(f"{where}: the shard has {opened.file.num_row_groups} row groups; pack the dataset again")
         names = payload_schema(row.arrays).names
-        if table.num_rows != 1 or table.column_names != names:
-            raise DatasetError(f"{where}: expected one row with {names}, got {table.num_rows} with {table.column_names}")
-        if table["clip_id"][0].as_py() != row.clip_id:
-            found = table["clip_id"][0].as_py()
+        found = opened.file.schema_arrow.names
+        if found != names:
+            raise DatasetError(f"{where}: expected columns {names}, got {found}")
+        clip_id = row.clip_id.encode()
+        sizes = [len(clip_id), *(_bytes(*row.arrays[name]) for name in names[1:])]
+        try:
+            values = _values(opened, row.row_group, sizes)
+        except ValueError as error:
+            raise DatasetError(f"{where}: {error}; was the dataset packed again meanwhile? Start again or pack it") from error
+        if values[0] != clip_id:
+            found_id = bytes(values[0]).decode(errors="replace")
             raise DatasetError(
-                f"{where}: holds clip {found} instead: was the dataset packed again meanwhile? Start again or pack it"
+                f"{where}: holds clip {found_id} instead: was the dataset packed again meanwhile? Start again or pack it"
             )
-        # The one value of a column is the whole of its data buffer, which arrow made for this read.
-        buffers = {name: memoryview(table[name].chunk(0).buffers()[2]) for name in row.arrays}
+        buffers = dict(zip(names[1:], values[1:], strict=True))
         if self.verify_hash and payload_hash(row.arrays, buffers) != row.xxh64:
             raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
         try:
@@ -82,27 +89,31 @@ class ShardReader:
         except ValueError as error:
             raise DatasetError(f"{where}: {error}") from error
 
-    def _file(self, shard: str) -> pq.ParquetFile:
+    def _file(self, shard: str) -> _Open:
         """The open shard. One that was deleted or replaced since it was opened is not read on: it is fetched again from a URL
         and named as missing in a folder."""
         opened = self._files.pop(shard, None)
         if opened is not None and _identity(opened.path) != opened.identity:
-            opened.file.close()
+            opened.close()
             opened = None
         if opened is None:
             opened = self._open(shard)
             for name in [name for name, other in self._files.items() if not other.path.exists()]:
-                self._files.pop(name).file.close()  # evicted from the cache: lets go of its space
+                self._files.pop(name).close()  # evicted from the cache: lets go of its space
         self._files[shard] = opened  # most recently used last
         while len(self._files) > self.max_open:
-            self._files.pop(next(iter(self._files))).file.close()
-        return opened.file
+            self._files.pop(next(iter(self._files))).close()
+        return opened
 
     def _open(self, shard: str) -> _Open:
         for attempt in range(5):
             path = self._local(shard)
             try:
-                return _Open(path, _identity(path), open_parquet(path))
+                file = open_parquet(path)
+                return _Open(path, _identity(path), file, path.open("rb"))
+            except FileNotFoundError as error:
+                if self._remote is None or attempt == 4:
+                    raise DatasetError(f"{path}: missing; pack the dataset again") from error
             except DatasetError:  # another process may have needed its place in the cache just now
                 if self._remote is None or path.exists() or attempt == 4:
                     raise
@@ -117,7 +128,35 @@ class ShardReader:
 
     def close(self) -> None:
         while self._files:
-            self._files.popitem()[1].file.close()
+            self._files.popitem()[1].close()
+
+
+def _values(opened: _Open, row_group: int, sizes: list[int]) -> list[memoryview]:
+    """The bytes of the one value of every column, of which the manifest says so many, where they lie in the file.
+
+    A column chunk of one uncompressed page and one value ends with that value, and before it stands its length as four bytes.
+    Raises ValueError when it is not so.
+    """
+    group = opened.file.metadata.row_group(row_group)
+    chunks = [group.column(column) for column in range(len(sizes))]
+    if group.num_rows != 1 or any(chunk.compression != "UNCOMPRESSED" for chunk in chunks):
+        raise ValueError(f"holds {group.num_rows} rows, {chunks[0].compression}; expected one, uncompressed")
+    ends = [chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks]
+    first = chunks[0].data_page_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    # Copy on write: torch wants memory that could be written to.
+    mapped = mmap.mmap(opened.bytes.fileno(), max(ends) - first, access=mmap.ACCESS_COPY, offset=first)
+    mapped.madvise(mmap.MADV_WILLNEED)
+    values = []
+    for chunk, end, size in zip(chunks, ends, sizes, strict=True):
+        start = end - size - first
+        if start < 4 or mapped[start - 4 : start] != size.to_bytes(4, "little"):
+            raise ValueError(f"no {chunk.path_in_schema} of {size} bytes where the manifest says")
+        values.append(memoryview(mapped)[start : start + size])
+    return values
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return stored_dtype(dtype).itemsize * int(np.prod(shape))
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
