@@ -7,6 +7,7 @@ loss of the whole batch; a clip whose mask is empty adds 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fw_model.cameras import encode_pose, unproject
 from fw_model.data.schema import Batch
@@ -22,6 +24,7 @@ STILL_SHARE = 0.05  # temporal gradients are matched where the target moves less
 CONFIDENCE_REWARD = 0.2  # weight of -log(conf) in the point loss
 ITERATION_DECAY = 0.6  # the camera head's last refinement weighs 1, the one before 0.6, ...
 HUBER_DELTA = 1.0
+FRAMES_AT_ONCE = 8  # of the point loss, whose intermediate results are the largest of all losses
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,20 @@ def depth_loss(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     `STILL_SHARE` of the clip's range of valid depths: elsewhere the pixel shows another surface and depth may jump.
     L1: |p - d| over valid pixels, no frame aligned or rescaled.
     """
-    predicted, target = _wide(predicted), _wide(target)
-    residual = torch.where(valid, predicted - target, 0.0)
-    l1 = _clip_mean(residual.abs(), valid)
-
+    target = _wide(target)
     largest = torch.where(valid, target, -torch.inf).flatten(1).amax(1)
     smallest = torch.where(valid, target, torch.inf).flatten(1).amin(1)
     limit = (STILL_SHARE * (largest - smallest)).view(-1, 1, 1, 1)  # -inf for an empty mask: nothing is still
     still = valid[:, 1:] & valid[:, :-1] & ((target[:, 1:] - target[:, :-1]).abs() < limit)
+    sums = _recomputed(_depth_sums, predicted, target, valid, still)
+    return _clip_means(sums, valid, still)
+
+
+def _depth_sums(predicted: Tensor, target: Tensor, valid: Tensor, still: Tensor) -> Tensor:
+    """Per clip the sums of the two terms of `depth_loss`, [B, 2]."""
+    residual = torch.where(valid, _wide(predicted) - target, 0.0)
     change = residual[:, 1:] - residual[:, :-1]
-    return l1 + _clip_mean(change.abs(), still)
+    return torch.stack([_sum(residual.abs()), _sum(torch.where(still, change.abs(), 0.0))], dim=1)
 
 
 def point_loss(predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -114,16 +121,28 @@ def point_loss(predicted: Tensor, confidence: Tensor, target: Tensor, valid: Ten
     differences of horizontal and of vertical neighbours, weighted by the confidence of the left or upper one, averaged
     over pairs whose two pixels are valid and summed over the two directions. Returns a scalar.
     """
-    predicted, confidence, target = _wide(predicted), _wide(confidence), _wide(target)
-    confidence = torch.where(valid, confidence, 1.0)
-    residual = torch.where(valid[..., None], predicted - target, 0.0)
-    loss = _clip_mean(confidence * _length(residual) - CONFIDENCE_REWARD * confidence.log(), valid)
+    pieces = zip(*(x.split(FRAMES_AT_ONCE, dim=1) for x in (predicted, confidence, target, valid)), strict=True)
+    sums = torch.stack([_recomputed(_point_sums, *piece) for piece in pieces]).sum(0)
+    return _clip_means(sums, valid, _both_valid(valid, 2), _both_valid(valid, 3))
+
+
+def _point_sums(predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Per clip the sums of the three terms of `point_loss` (values, vertical and horizontal gradients), [B, 3]."""
+    confidence = torch.where(valid, _wide(confidence), 1.0)
+    residual = torch.where(valid[..., None], _wide(predicted) - _wide(target), 0.0)
+    sums = [_sum(torch.where(valid, confidence * _length(residual) - CONFIDENCE_REWARD * confidence.log(), 0.0))]
     for axis in (2, 3):
         count = valid.shape[axis] - 1
-        pair = valid.narrow(axis, 0, count) & valid.narrow(axis, 1, count)
         slope = residual.narrow(axis, 1, count) - residual.narrow(axis, 0, count)
-        loss = loss + _clip_mean(confidence.narrow(axis, 0, count) * _length(slope), pair)
-    return loss
+        weighted = confidence.narrow(axis, 0, count) * _length(slope)
+        sums.append(_sum(torch.where(_both_valid(valid, axis), weighted, 0.0)))
+    return torch.stack(sums, dim=1)
+
+
+def _both_valid(valid: Tensor, axis: int) -> Tensor:
+    """Where a pixel and its next along `axis` are valid; shorter by one there."""
+    count = valid.shape[axis] - 1
+    return valid.narrow(axis, 0, count) & valid.narrow(axis, 1, count)
 
 
 def camera_loss(predicted: list[Tensor], target: Tensor) -> Tensor:
@@ -158,10 +177,25 @@ def _length(vector: Tensor) -> Tensor:
     return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
 
 
-def _clip_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the batch of each clip's mean of `values` where `mask`; [B, ...] both, returns a scalar."""
-    inside = torch.where(mask, values, 0.0).flatten(1).sum(1)
-    return (inside / mask.flatten(1).sum(1).clamp(min=1)).mean()
+def _sum(values: Tensor) -> Tensor:
+    """Sum of each clip, [B, ...] -> [B]."""
+    return values.flatten(1).sum(1)
+
+
+def _clip_means(sums: Tensor, *masks: Tensor) -> Tensor:
+    """Sums [B, K] over K masks [B, ...] -> the mean over the batch of the sum over k of each clip's masked means."""
+    counts = torch.stack([_sum(mask).clamp(min=1) for mask in masks], dim=1)
+    return (sums / counts).sum(1).mean()
+
+
+def _recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, keeping for the backward pass only the arguments.
+
+    The losses stand at a step's peak of memory, when all activations of the model are held, and what they would keep is
+    many times the predictions; computing it again is a few passes over them.
+    """
+    found: Tensor = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- flow
