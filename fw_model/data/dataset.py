@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch._utils import ExceptionWrapper
+from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, parse_arrays, read_manifest, read_text_rows
 from fw_model.data.remote import is_remote
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
+from fw_model.data.stored_array import StoredArray
+
+_TENSORS = tuple(field.name for field in fields(Batch) if field.name != "clip_ids")
 
 
-class ClipDataset(Dataset[dict[str, Any]]):
-    """The clips of one split, ordered by clip id, as dictionaries with the fields of a `Batch` without its first dimension
-    (`clip_id` a string), in the dtypes in which they are stored. The annotator's confidence stays in the shard: no loss
+class ClipDataset(Dataset["Sample"]):
+    """The clips of one split, ordered by clip id, each a `Sample`. The annotator's confidence stays in the shard: no loss
     reads it. Points are derived from depth and cameras on the device (`losses.make_targets`).
 
     Of the manifest it holds columns and index arrays, no object per clip, so a million clips take some hundred MB. It is
@@ -106,22 +110,18 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         """One clip; raises DatasetError naming shard and clip when its bytes are damaged, missing or of another pack."""
-        row = self.rows[index]
-        arrays = self.read(row)
-        names = ("latents", "image", "depth", "intrinsics", "w2c")
-        return {
-            "clip_id": row.clip_id,
-            "text": self._text(self._texts[int(self._text_of[index])]),
-            **{name: torch.from_numpy(arrays[name]) for name in names},
-        }
+        row, text = self.rows[index], self._texts[int(self._text_of[index])]
+        arrays = self._shards.find(row)
+        del arrays["confidence"]
+        return Sample(row.clip_id, {**arrays, **self._shards.find(text)}, self.text_len)
 
-    def read(self, row: ClipRow) -> dict[str, np.ndarray]:
-        """The arrays of a row as they are stored."""
+    @property
+    def _shards(self) -> ShardReader:
         if self._reader is None:
             self._reader = ShardReader(self.path, self.verify_hash, manifest=self._manifest)
-        return self._reader.read(row)
+        return self._reader
 
     @property
     def text_width(self) -> int:
@@ -130,7 +130,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def empty_text(self) -> torch.Tensor:
         """The empty prompt's embedding [text_len, D] in float32, padded as the samples' are; for dropping prompts in training."""
-        return self._text(self._empty_prompt).float()
+        return pad_text(torch.from_numpy(self._shards.read(self._empty_prompt)["text"]), self.text_len).float()
 
     @property
     def _empty_prompt(self) -> ClipRow:
@@ -138,12 +138,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if not len(empty):
             raise DatasetError(f"{self.path}: no embedding of the empty prompt; pack the dataset again")
         return empty[0]
-
-    def _text(self, row: ClipRow) -> torch.Tensor:
-        embedding = self.read(row)["text"]
-        text = np.zeros((self.text_len, embedding.shape[1]), embedding.dtype)
-        text[: len(embedding)] = embedding
-        return torch.from_numpy(text)
 
     def __getstate__(self) -> dict[str, Any]:
         """Manifests are pickled as the names of their files; memory maps stay with the process that opened them."""
@@ -154,19 +148,89 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._index()
 
 
+class Sample(Mapping[str, Any]):
+    """A clip: `clip_id`, and the tensors of a `Batch` without its first dimension, in the dtypes in which they are stored.
+
+    A tensor is mapped from its shard when it is first asked for; from then on it is this sample's own, to change as one
+    likes. What was not asked for is sent to another process as the place where it lies.
+    """
+
+    def __init__(self, clip_id: str, stored: dict[str, StoredArray], text_len: int) -> None:
+        self._clip_id = clip_id
+        self._stored = stored
+        self._text_len = text_len
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "clip_id":
+            return self._clip_id
+        if name not in self._tensors:
+            tensor = torch.from_numpy(self._stored[name].map())
+            self._tensors[name] = pad_text(tensor, self._text_len) if name == "text" else tensor
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not mapped for it."""
+        shape = self._stored[name].shape
+        return (self._text_len, *shape[1:]) if name == "text" else shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("clip_id", *self._stored))
+
+    def __len__(self) -> int:
+        return 1 + len(self._stored)
+
+
+def pad_text(embedding: torch.Tensor, text_len: int) -> torch.Tensor:
+    """[L, D] -> [text_len, D] with zeros after the real tokens."""
+    return F.pad(embedding, (0, 0, 0, text_len - len(embedding)))
+
+
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Stack clips of one bucket; raises ValueError naming the clips whose shapes differ."""
+    """Stack clips of one bucket; raises ValueError naming the clips whose shapes differ.
+
+    In a data worker the clips of a `ClipDataset` are not touched: what it gives back becomes the batch in the process that
+    receives it, where the clips are mapped, and copied only if there are several to stack.
+    """
     if not samples:
         raise ValueError("collate: no clips")
-    names = [f.name for f in fields(Batch) if f.name != "clip_ids"]
     first = samples[0]
     for sample in samples[1:]:
-        for name in names:
-            if sample[name].shape != first[name].shape:
+        for name in _TENSORS:
+            if (shape := _shape(sample, name)) != _shape(first, name):
                 raise ValueError(
                     f"collate: clips {first['clip_id']} and {sample['clip_id']} differ in {name}: "
-                    f"{list(first[name].shape)} and {list(sample[name].shape)}"
+                    f"{list(_shape(first, name))} and {list(shape)}"
                 )
-    # torch's own collate stacks straight into the memory that a worker shares with the loader.
-    stacked = {name: default_collate([sample[name] for sample in samples]) for name in names}
+    if get_worker_info() is not None and all(isinstance(sample, Sample) for sample in samples):
+        return cast(Batch, _Travelling(samples))
+    return _stack(samples)
+
+
+def _shape(sample: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return sample.shape(name) if isinstance(sample, Sample) else tuple(sample[name].shape)
+
+
+class _Travelling:
+    """Samples on their way out of a data worker: pickled as these, unpickled as their batch."""
+
+    def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        self.samples = samples
+
+    def __reduce__(self) -> Any:
+        return _arrived, (self.samples,)
+
+
+def _arrived(samples: Sequence[Mapping[str, Any]]) -> Batch | ExceptionWrapper:
+    """Their batch, or what a loader raises in its place: an error within its own threads would only end them."""
+    try:
+        return _stack(samples)
+    except (DatasetError, ValueError):
+        return ExceptionWrapper(where="mapping clips that a data worker had checked")
+
+
+def _stack(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    columns = {name: [sample[name] for sample in samples] for name in _TENSORS}
+    # Several: torch's own collate, which in a data worker stacks straight into the memory that it shares with the loader.
+    stacked = {name: default_collate(column) if len(column) > 1 else column[0][None] for name, column in columns.items()}
     return Batch(clip_ids=[sample["clip_id"] for sample in samples], **stacked)

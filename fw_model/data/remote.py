@@ -87,7 +87,7 @@ class RemoteFolder:
         target = self.cache / "files" / f"{xxh64}-{size}.parquet"
         with self._locked(target.name):
             if target.is_file():
-                os.utime(target)
+                os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # used now; nothing was written to it
                 return target
             temporary = target.with_suffix(".tmp")
             self._make_room(temporary, size, where)
@@ -107,7 +107,7 @@ class RemoteFolder:
             found = []
             for file in (self.cache / "files").iterdir():
                 try:
-                    found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+                    found.append((file.stat().st_atime_ns, file.stat().st_size, file))
                 except FileNotFoundError:  # another process finished or gave up this download
                     continue
             used = sum(length for _, length, _ in found)

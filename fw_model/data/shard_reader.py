@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from fw_model.data.manifest import ClipRow, DatasetError, Manifest, dataset_folder, open_parquet, read_manifest
-from fw_model.data.payload import payload_hash, payload_schema, stored_dtype
+from fw_model.data.payload import payload_hash, payload_schema
 from fw_model.data.remote import RemoteFolder, is_remote
+from fw_model.data.stored_array import SharedFile, StoredArray, byte_count
 
 
 class _Open(NamedTuple):
     path: Path
     identity: tuple[int, int, int]
-    file: pq.ParquetFile
-    bytes: BinaryIO
+    parquet: pq.ParquetFile
+    file: SharedFile  # stays open for the arrays that were found in it
 
     def close(self) -> None:
-        self.file.close()
-        self.bytes.close()
+        self.parquet.close()
 
 
 class ShardReader:
@@ -59,35 +58,35 @@ class ShardReader:
 
         Raises DatasetError naming shard and clip when the shard is missing, damaged, or its bytes have another hash.
         """
+        return {name: array.map() for name, array in self.find(row).items()}
+
+    def find(self, row: ClipRow) -> dict[str, StoredArray]:
+        """Where the arrays of a row lie, once their bytes have the manifest's hash. Raises as `read`."""
         where = f"{os.path.join(self.path, row.shard)}: clip {row.clip_id} (row group {row.row_group})"
         opened = self._file(row.shard)
-        if not 0 <= row.row_group < opened.file.num_row_groups:
-            raise DatasetError(f"{where}: the shard has {opened.file.num_row_groups} row groups; pack the dataset again")
+        if not 0 <= row.row_group < opened.parquet.num_row_groups:
+            raise DatasetError(f"{where}: the shard has {opened.parquet.num_row_groups} row groups; pack the dataset again")
         names = payload_schema(row.arrays).names
-        found = opened.file.schema_arrow.names
+        found = opened.parquet.schema_arrow.names
         if found != names:
             raise DatasetError(f"{where}: expected columns {names}, got {found}")
         clip_id = row.clip_id.encode()
-        sizes = [len(clip_id), *(_bytes(*row.arrays[name]) for name in names[1:])]
+        sizes = [len(clip_id), *(byte_count(*row.arrays[name]) for name in names[1:])]
         try:
-            values = _values(opened, row.row_group, sizes)
+            starts = _starts(opened, row.row_group, sizes)
+            found_id = opened.file.read(starts[0], sizes[0])
+            places = dict(zip(names[1:], zip(starts[1:], sizes[1:], strict=True), strict=True))
+            same = found_id != clip_id or not self.verify_hash or _hash(opened.file, row, places) == row.xxh64
         except ValueError as error:
             raise DatasetError(f"{where}: {error}; was the dataset packed again meanwhile? Start again or pack it") from error
-        if values[0] != clip_id:
-            found_id = bytes(values[0]).decode(errors="replace")
+        if found_id != clip_id:
             raise DatasetError(
-                f"{where}: holds clip {found_id} instead: was the dataset packed again meanwhile? Start again or pack it"
+                f"{where}: holds clip {found_id.decode(errors='replace')} instead: was the dataset packed again meanwhile? "
+                "Start again or pack it"
             )
-        buffers = dict(zip(names[1:], values[1:], strict=True))
-        if self.verify_hash and payload_hash(row.arrays, buffers) != row.xxh64:
+        if not same:
             raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
-        try:
-            return {
-                name: np.frombuffer(buffers[name], stored_dtype(dtype)).reshape(shape)
-                for name, (dtype, shape) in row.arrays.items()
-            }
-        except ValueError as error:
-            raise DatasetError(f"{where}: {error}") from error
+        return {name: StoredArray(opened.file, start, *row.arrays[name]) for name, (start, _) in places.items()}
 
     def _file(self, shard: str) -> _Open:
         """The open shard. One that was deleted or replaced since it was opened is not read on: it is fetched again from a URL
@@ -109,8 +108,8 @@ class ShardReader:
         for attempt in range(5):
             path = self._local(shard)
             try:
-                file = open_parquet(path)
-                return _Open(path, _identity(path), file, path.open("rb"))
+                parquet = open_parquet(path)
+                return _Open(path, _identity(path), parquet, SharedFile(path.open("rb"), str(path)))
             except FileNotFoundError as error:
                 if self._remote is None or attempt == 4:
                     raise DatasetError(f"{path}: missing; pack the dataset again") from error
@@ -131,32 +130,30 @@ class ShardReader:
             self._files.popitem()[1].close()
 
 
-def _values(opened: _Open, row_group: int, sizes: list[int]) -> list[memoryview]:
-    """The bytes of the one value of every column, of which the manifest says so many, where they lie in the file.
+def _starts(opened: _Open, row_group: int, sizes: list[int]) -> list[int]:
+    """Where the bytes of the one value of every column begin, of which the manifest says so many.
 
     A column chunk of one uncompressed page and one value ends with that value, and before it stands its length as four bytes.
     Raises ValueError when it is not so.
     """
-    group = opened.file.metadata.row_group(row_group)
+    group = opened.parquet.metadata.row_group(row_group)
     chunks = [group.column(column) for column in range(len(sizes))]
     if group.num_rows != 1 or any(chunk.compression != "UNCOMPRESSED" for chunk in chunks):
         raise ValueError(f"holds {group.num_rows} rows, {chunks[0].compression}; expected one, uncompressed")
-    ends = [chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks]
-    first = chunks[0].data_page_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    # Copy on write: torch wants memory that could be written to.
-    mapped = mmap.mmap(opened.bytes.fileno(), max(ends) - first, access=mmap.ACCESS_COPY, offset=first)
-    mapped.madvise(mmap.MADV_WILLNEED)
-    values = []
-    for chunk, end, size in zip(chunks, ends, sizes, strict=True):
-        start = end - size - first
-        if start < 4 or mapped[start - 4 : start] != size.to_bytes(4, "little"):
+    starts = []
+    for chunk, size in zip(chunks, sizes, strict=True):
+        start = chunk.data_page_offset + chunk.total_compressed_size - size
+        if start < 4 or opened.file.read(start - 4, 4) != size.to_bytes(4, "little"):
             raise ValueError(f"no {chunk.path_in_schema} of {size} bytes where the manifest says")
-        values.append(memoryview(mapped)[start : start + size])
-    return values
+        starts.append(start)
+    return starts
 
 
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return stored_dtype(dtype).itemsize * int(np.prod(shape))
+def _hash(file: SharedFile, row: ClipRow, places: dict[str, tuple[int, int]]) -> str:
+    """The hash of what lies at (start, bytes) of every array; mapped at once, since they lie side by side."""
+    first = min(start for start, _ in places.values())
+    mapped = file.map(first, max(start + size for start, size in places.values()) - first)
+    return payload_hash(row.arrays, {name: mapped[start - first :][:size] for name, (start, size) in places.items()})
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.manifest import DatasetError, MissingDatasetError
@@ -129,6 +132,61 @@ def test_any_number_of_workers_gives_the_same_batches(clips: ClipDataset) -> Non
     assert {tuple(batch.depth.shape[2:]) for batch in expected} == {(32, 48), (48, 32)}
     for workers in (1, 2, 4):  # the shards are open here before the workers start
         assert_equal(load(clips, ResumableBucketSampler(clips.buckets, 4, 2), 10, workers), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_data_worker_hands_over_where_clips_lie_instead_of_their_bytes(clips: ClipDataset, size: int) -> None:
+    (batch,) = islice(DataLoader(clips, batch_size=size, collate_fn=collate, num_workers=1), 1)
+    assert_equal([batch], [collate([clips[i] for i in range(size)])])
+    assert not any(value.is_shared() for value in vars(batch).values() if isinstance(value, torch.Tensor))
+
+
+class Blanked(Dataset[Any]):
+    """What somebody may do to samples on their way."""
+
+    def __init__(self, clips: ClipDataset) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.clips[index]
+        sample["depth"].zero_()
+        return sample
+
+
+def test_what_was_changed_in_a_sample_arrives_changed(clips: ClipDataset) -> None:
+    (batch,) = islice(DataLoader(Blanked(clips), batch_size=2, collate_fn=collate, num_workers=1), 1)
+    assert not batch.depth.any()
+    assert torch.equal(batch.latents[1], clips[1]["latents"])
+
+
+def test_a_sample_on_its_way_does_not_need_its_shards_name_any_more(tmp_path: Path) -> None:
+    pack(tmp_path / "d", CLIPS)
+    sent = ForkingPickler.dumps(ClipDataset(tmp_path / "d", "train", 8)[1])
+    shutil.rmtree(tmp_path / "d")
+    arrived = pickle.loads(sent)
+    assert arrived["clip_id"] == "v2"
+    np.testing.assert_array_equal(arrived["depth"].numpy(), make_record("v2").arrays["depth"])
+
+
+class Overwritten(Blanked):
+    """A shard is written to right after a data worker has checked a clip of it."""
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.clips[index]
+        for shard in Path(self.clips.path).glob("train-*"):
+            data = shard.read_bytes()
+            shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return sample
+
+
+def test_a_shard_written_to_between_check_and_use_is_named_not_read(tmp_path: Path) -> None:
+    pack(tmp_path / "d", CLIPS)
+    loader = DataLoader(Overwritten(ClipDataset(tmp_path / "d", "train", 8)), collate_fn=collate, num_workers=1)
+    with pytest.raises(DatasetError, match=r"train-00000-of-00001\.parquet: was written to while it was read"):
+        next(iter(loader))
 
 
 def by_all_ranks(clips: ClipDataset, world: int, state: dict[str, Any] | None, steps: int) -> list[Batch]:
