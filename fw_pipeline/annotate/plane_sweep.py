@@ -128,39 +128,52 @@ def _relative(pose: Tensor, t: int, s: int) -> tuple[Tensor, Tensor]:
 
 
 def _sampling_grid(position: Tensor, h: int, w: int) -> Tensor:
-    """Image positions [..., 3, h, w] (homogeneous) -> grid_sample coordinates [..., h, w, 2]; behind the camera: outside."""
-    z = position[..., 2, :, :]
+    """Image positions [3, ...] (homogeneous) -> grid_sample coordinates [..., 2]; behind the camera: outside."""
+    x, y, z = position
     safe = z.clamp_min(_EPS)
-    x, y = position[..., 0, :, :] / safe * (2 / w) - 1, position[..., 1, :, :] / safe * (2 / h) - 1
-    return torch.stack([torch.where(z > _EPS, x, 2.0), y], -1)
+    return torch.stack([torch.where(z > _EPS, x / safe * (2 / w) - 1, 2.0), y / safe * (2 / h) - 1], -1)
 
 
 def _match(grey: Tensor, pose: Tensor, k: Tensor, t: int, sources: list[int], span: Tensor, settings: SweepSettings) -> Tensor:
-    """Matching score of frame t against its sources at every plane: [D, h, w], ZNCC of the best half of the sources."""
+    """Matching score of frame t against its sources at every plane: [h, w, D], ZNCC of the best half of the sources.
+
+    Planes are the last dimension, so that windows are summed for all of them at once: the box filter, most of the work, is
+    then 13 times as fast on a CPU as with pixels last.
+    """
     _, h, w = grey.shape
     inverse = torch.linspace(0, 1, settings.planes, device=grey.device) * (span[1] - span[0]) + span[0]
     rays = _rays(k[t], h, w)
-    reference = grey[t][None, None]
+    reference = grey[t][..., None]
     mean_r, deviation_r = _moments(reference, settings.window)
-    scores = []
+    best: list[Tensor] = []
     for s in sources:
         rotation, translation = _relative(pose, t, s)
         turned = torch.einsum("ij,jhw->ihw", k[s] @ rotation, rays).float()
         shift = (k[s] @ translation).float()
-        position = turned[None] + shift[None, :, None, None] * inverse[:, None, None, None]
-        grid = _sampling_grid(position, h, w)
-        warped = F.grid_sample(grey[s].expand(len(inverse), 1, h, w), grid, align_corners=False, padding_mode="zeros")
+        grid = _sampling_grid(turned[..., None] + shift[:, None, None, None] * inverse, h, w)
+        warped = F.grid_sample(grey[s][None, None], grid.flatten(1, 2)[None], align_corners=False, padding_mode="zeros")
+        warped = warped.view(h, w, -1)
         mean_s, deviation_s = _moments(warped, settings.window)
         covariance = _box(warped * reference, settings.window) - mean_s * mean_r
-        zncc = covariance / (deviation_s * deviation_r)
-        outside = (grid.abs() > 1).any(-1)
-        scores.append(torch.where(outside, -1.0, zncc[:, 0].clamp(-1, 1)))
-    best = torch.stack(scores).topk(max(1, len(sources) // 2), dim=0).values
-    return best.mean(0)
+        zncc = (covariance / (deviation_s * deviation_r)).clamp_(-1, 1)
+        _keep_best(best, zncc.masked_fill_((grid[..., 0].abs() > 1) | (grid[..., 1].abs() > 1), -1.0), max(1, len(sources) // 2))
+    return torch.stack(best).mean(0)
+
+
+def _keep_best(best: list[Tensor], score: Tensor, count: int) -> None:
+    """Put a score among the `count` largest of each place, which are in falling order."""
+    for place, held in enumerate(best):
+        best[place], score = torch.maximum(held, score), torch.minimum(held, score)
+    if len(best) < count:
+        best.append(score)
 
 
 def _box(x: Tensor, window: int) -> Tensor:
-    return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False)
+    """[h, w, D] -> mean over the window's pixels within the picture."""
+    planes = x[None].permute(0, 3, 1, 2)  # in this order torch knows it as channels-last, which is what makes it fast
+    for size, pad in (((window, 1), (window // 2, 0)), ((1, window), (0, window // 2))):
+        planes = F.avg_pool2d(planes, size, stride=1, padding=pad, count_include_pad=False)
+    return planes.permute(0, 2, 3, 1)[0]
 
 
 def _moments(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -170,8 +183,8 @@ def _moments(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def _semi_global(volume: Tensor, grey: Tensor, settings: SweepSettings) -> Tensor:
-    """Score [T, D, h, w] -> cost summed over four scan directions [T, D, h, w]."""
-    cost = (1 - volume).permute(0, 2, 3, 1).contiguous()  # [T, h, w, D]
+    """Score [T, h, w, D] -> cost summed over four scan directions [T, h, w, D]."""
+    cost = 1 - volume
     total = torch.zeros_like(cost)
     for axis in (1, 2):
         lines, image = cost.movedim(axis, 0), grey.movedim(axis, 0)
@@ -191,20 +204,20 @@ def _semi_global(volume: Tensor, grey: Tensor, settings: SweepSettings) -> Tenso
                 reach = torch.minimum(torch.minimum(path, neighbour + settings.small_jump), floor + large)
                 path = lines[i] + reach - floor
                 out[i] += path
-    return total.permute(0, 3, 1, 2)
+    return total
 
 
 def _pick(cost: Tensor, volume: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
     """Cheapest plane with a parabola through its neighbours -> depth [T, h, w] and the ZNCC there [T, h, w]."""
-    planes = cost.shape[1]
-    index = cost.argmin(1, keepdim=True)
+    planes = cost.shape[-1]
+    index = cost.argmin(-1, keepdim=True)
     middle = index.clamp(1, planes - 2)
-    low, here, high = (cost.gather(1, middle + step) for step in (-1, 0, 1))
+    low, here, high = (cost.gather(-1, middle + step) for step in (-1, 0, 1))
     offset = 0.5 * (low - high) / (low + high - 2 * here).clamp_min(_EPS)
-    place = torch.where(index == middle, middle + offset.clamp(-0.5, 0.5), index.to(cost.dtype))[:, 0]
+    place = torch.where(index == middle, middle + offset.clamp(-0.5, 0.5), index.to(cost.dtype))[..., 0]
     step = (span[:, 1] - span[:, 0]) / (planes - 1)
     inverse = span[:, 0, None, None] + place * step[:, None, None]
-    return 1 / inverse, volume.gather(1, index)[:, 0]
+    return 1 / inverse, volume.gather(-1, index)[..., 0]
 
 
 def _agreement(depth: Tensor, step: Tensor, pose: Tensor, k: Tensor, sources: list[list[int]], settings: SweepSettings) -> Tensor:
