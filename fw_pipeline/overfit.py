@@ -42,7 +42,7 @@ from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry
 from fw_pipeline.demo import ground_truth_for_clip, load_ground_truth, render_demo
 from fw_pipeline.demo_scenes import SHOTS, VideoPlan
-from fw_pipeline.pipeline import finish_clip
+from fw_pipeline.step_results import finish_clip
 
 # The tiny preset, told to learn one clip by heart.
 OVERRIDES = (

@@ -1,6 +1,6 @@
-"""The steps from a video to the packed dataset, one method each, free of Dagster.
+"""The steps from a video to what is packed, one method each, free of Dagster.
 
-    clips -> geometry -> depth -> pack
+    clips -> geometry -> depth -> pack (see `packing`)
          \\-> latents ----------/
 
 A step does one video at a time, skips it when its result is already there and made from the same inputs, and either
@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,73 +21,21 @@ import numpy as np
 
 from fw_model.config import Preset
 from fw_model.data.online import encode_video
-from fw_model.data.schema import ClipRecord
-from fw_model.data.shard_writer import ShardWriter
-from fw_model.data.splits import assign_splits
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.truth import compare_with_truth
-from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.annotate.types import Clip, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
 from fw_pipeline.engines import depth_engine, geometry_engine, require_device
 from fw_pipeline.prompts import PromptError, Prompts
 from fw_pipeline.settings import Settings
-from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, whole_file, write_done
+from fw_pipeline.step_results import EncodedClip, EncodedText, FinishedClip, PicturesClip, finish_clip
+from fw_pipeline.store import ClipStatus, Done, StepName, Store, load_arrays, save_arrays, whole_file, write_done, write_json
 
 CODE_VERSION = 1  # raise when a step's results change for the same inputs
 
 
 class MissingInput(RuntimeError):
     """A step was asked for before the one it needs; the message names the job to run."""
-
-
-@dataclass(frozen=True)
-class FinishedClip:
-    """What the depth step stores of a clip: the bucket's size, clip units, ready to pack."""
-
-    depth: np.ndarray  # [T, H, W] float16, 0 = invalid
-    confidence: np.ndarray  # [T, H, W] uint8
-    intrinsics: np.ndarray  # [T, 3, 3] float32
-    w2c: np.ndarray  # [T, 3, 4] float32, first = identity
-    scale: np.ndarray  # [] float64, annotator's units per clip unit
-    # How each frame's depth came about, as in ClipDepth (1/z = fit_scale * disparity + fit_shift, in the annotator's units).
-    source: np.ndarray  # [T] uint8, ClipDepth.SOURCES
-    fit_scale: np.ndarray  # [T] float32
-    fit_shift: np.ndarray  # [T] float32
-    fit_inlier_ratio: np.ndarray  # [T] float32
-    fit_residual: np.ndarray  # [T] float32
-
-
-@dataclass(frozen=True)
-class EncodedClip:
-    """What the latents step stores of a clip; its prompt's embedding is stored once for all videos that share it."""
-
-    latents: np.ndarray  # [16, F, H/8, W/8] float16
-    image: np.ndarray  # [N, C] float16
-
-
-@dataclass(frozen=True)
-class PicturesClip:
-    """What the latents step stores of a clip in its place when clips are encoded while training."""
-
-    video: np.ndarray  # [N] uint8, bytes of a lossless mp4 of exactly T frames of H x W
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """What the latents step stores of a prompt."""
-
-    text: np.ndarray  # [L, D] float16
-
-
-@dataclass
-class PackResult:
-    """What went into the dataset and what did not."""
-
-    clips: int = 0
-    kept: int = 0  # of them, those that were packed before and have not changed: neither read nor written
-    bytes_written: int = 0
-    quarantined: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
-    not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
 
 
 class Pipeline:
@@ -166,19 +113,19 @@ class Pipeline:
                 return True
         except MissingInput:
             return True
-        return step == "latents" and any(not self._text_file(prompt).is_file() for prompt in self._texts_of(key))
+        return step == "latents" and any(not self.text_file(prompt).is_file() for prompt in self.texts_of(key))
 
     def fingerprint(self, step: StepName, key: str) -> str:
         """Hash of everything the step's result depends on."""
         if step == "clips":
             parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json")]
         elif step == "geometry":
-            parts = [self._input("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
+            parts = [self.marker("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
         elif step == "depth":
-            parts = [self._input("geometry", key).fingerprint, made_by(self.depth_engine)]
+            parts = [self.marker("geometry", key).fingerprint, made_by(self.depth_engine)]
         else:
             ids = ["pictures"] if self.pictures else [self.encoder_ids[part] for part in ("vae", "image")]
-            parts = [self._input("clips", key).fingerprint, *ids, self._prompt_fault(key)]
+            parts = [self.marker("clips", key).fingerprint, *ids, self._prompt_fault(key)]
         return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
     def _clips(self, key: str, folder: Path) -> Done:
@@ -207,7 +154,7 @@ class Pipeline:
     def _depth(self, key: str, folder: Path) -> Done:
         engine = self.depth_engine
         require_device(self.settings.device)
-        measured = {status.clip_id: status.quality for status in self._input("geometry", key).clips}
+        measured = {status.clip_id: status.quality for status in self.marker("geometry", key).clips}
 
         def annotate(clip: Clip) -> dict[str, float]:
             geometry = load_arrays(self.store.folder("geometry", key) / f"{clip.clip_id}.npz", ClipGeometry)
@@ -223,7 +170,7 @@ class Pipeline:
     def _latents(self, key: str, folder: Path) -> Done:
         made_by = "pictures" if self.pictures else self.preset.encoders.weights.identity
         if fault := self._prompt_fault(key):
-            return Done(video=self._input("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
+            return Done(video=self.marker("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
 
         def encode(clip: Clip) -> dict[str, float]:
             frames = clip_io.read_frames(self._path(key), clip, clip.height, clip.width)
@@ -239,23 +186,25 @@ class Pipeline:
 
     def _embed_texts(self, key: str) -> None:
         """Embed the video's prompt and the empty one, unless that was done before, for this or any other video."""
-        for prompt in self._texts_of(key):
-            file = self._text_file(prompt)
+        for prompt in self.texts_of(key):
+            file = self.text_file(prompt)
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as temporary:
                     save_arrays(temporary, EncodedText(self.encoders.encode_text(prompt)))
 
-    def _texts_of(self, key: str) -> list[str]:
-        return [] if self.pictures or self._prompt_fault(key) else sorted({"", self._prompt(key)})
+    def texts_of(self, key: str) -> list[str]:
+        """The prompts whose embeddings a video's clips need: its own and the empty one."""
+        return [] if self.pictures or self._prompt_fault(key) else sorted({"", self.prompt_of(key)})
 
-    def _text_file(self, prompt: str) -> Path:
+    def text_file(self, prompt: str) -> Path:
+        """Where a prompt's embedding lies."""
         made_from = json.dumps([CODE_VERSION, self.encoder_ids["text"], prompt])
         return self.store.text(hashlib.sha256(made_from.encode()).hexdigest()[:32])
 
     def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
         """Run `work` on every clip that the step before let through; a RejectedClip sets that clip aside, no other."""
-        before = self._input(source, key)
+        before = self.marker(source, key)
         done = Done(video=before.video, fingerprint="", made_by=made_by, rejected=before.rejected)
         statuses = []
         for clip in self.clips_of(key, before):
@@ -265,88 +214,6 @@ class Pipeline:
                 statuses.append(ClipStatus(clip_id=clip.clip_id, quarantined=str(error)))
         statuses += [status for status in before.clips if status.quarantined]
         return done.model_copy(update={"clips": statuses})
-
-    # ---- the dataset -----------------------------------------------------------------------------------------------
-
-    def pack(self, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> PackResult:
-        """Bring the sharded dataset up to date: every annotated clip in it, every one set aside in its manifest with the reason.
-
-        Clips that were packed before and have not changed are neither read nor written.
-        Raises MissingInput when not a single clip is ready.
-        """
-        result = PackResult()
-        ready: dict[str, str] = {}
-        for key, video in self.videos.items():
-            if any(self.is_stale(step, key) for step in ("clips", "geometry", "depth", "latents")):
-                result.not_annotated.append(video)
-            else:
-                ready[key] = video
-        reasons = {key: self._reasons(key) for key in ready}
-        usable = {key: clips for key in ready if (clips := self._good_clips(key, reasons[key]))}
-        if not usable:
-            listing = [f"  {video}: {reason}" for key, video in ready.items() for reason in reasons[key].values()]
-            raise MissingInput(
-                f"no annotated clip to pack from {self.settings.videos} ({len(ready)} videos annotated, "
-                f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(listing)
-            )
-        splits = assign_splits([ready[key] for key in sorted(usable)], self.settings.val_percent)
-        with ShardWriter(self.store.dataset) as writer:
-            for key in progress(ready):
-                for name, reason in reasons[key].items():
-                    result.quarantined[name] = reason
-                    writer.quarantine(name, ready[key], reason)
-                if key in usable:
-                    self._pack_texts(key, writer)
-                    source = self._source(key)
-                    for clip in usable[key]:
-                        if writer.keep(clip.clip_id, splits[clip.video], source, self._prompt(key)):
-                            result.kept += 1
-                        else:
-                            writer.add(self._record(key, clip), splits[clip.video], source)
-                        result.clips += 1
-        result.bytes_written = writer.bytes_written
-        return result
-
-    def _reasons(self, key: str) -> dict[str, str]:
-        """Clip id, or the video's key for the whole of it -> why it is set aside."""
-        depth, latents = self._input("depth", key), self._input("latents", key)
-        if rejected := depth.rejected or latents.rejected:
-            return {key: rejected}
-        return {status.clip_id: status.quarantined for status in (*latents.clips, *depth.clips) if status.quarantined}
-
-    def _good_clips(self, key: str, reasons: dict[str, str]) -> list[Clip]:
-        if key in reasons:
-            return []
-        return [clip for clip in self.clips_of(key, self._input("depth", key)) if clip.clip_id not in reasons]
-
-    def _source(self, key: str) -> str:
-        """Digest of all that the packed clips of a video are made from, but for the prompt, which is no part of them."""
-        parts = [CODE_VERSION, *(self._input(step, key).fingerprint for step in ("depth", "latents"))]
-        parts += [] if self.pictures else [self.encoder_ids["text"]]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def _pack_texts(self, key: str, writer: ShardWriter) -> None:
-        for prompt in self._texts_of(key):
-            if not writer.keep_text(prompt, self.encoder_ids["text"]):
-                writer.add_text(prompt, load_arrays(self._text_file(prompt), EncodedText).text, self.encoder_ids["text"])
-
-    def _record(self, key: str, clip: Clip) -> ClipRecord:
-        geometry, depth = self._input("geometry", key), self._input("depth", key)
-        measured = {status.clip_id: status.quality for status in depth.clips}
-        finished = load_arrays(self.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
-        kind = PicturesClip if self.pictures else EncodedClip
-        encoded = load_arrays(self.store.folder("latents", key) / f"{clip.clip_id}.npz", kind)
-        names = ("depth", "confidence", "intrinsics", "w2c")
-        return ClipRecord(
-            clip_id=clip.clip_id,
-            video=clip.video,
-            fps=clip.fps,
-            scale=float(finished.scale),
-            prompt=self._prompt(key),
-            arrays={name: getattr(finished, name) for name in names} | vars(encoded),
-            quality=measured[clip.clip_id],
-            versions={"geometry": geometry.made_by, "depth": depth.made_by} | ({} if self.pictures else self.encoder_ids),
-        )
 
     def misspelt_prompts(self) -> dict[str, str]:
         """Videos that prompts.csv names and the folder lacks -> where. A file that cannot be read sets videos aside instead."""
@@ -393,7 +260,8 @@ class Pipeline:
         clips = clip_io.clips_from_json(json.loads(path.read_text(encoding="utf-8")))
         return [clip for clip in clips if clip.clip_id not in aside]
 
-    def _input(self, step: StepName, key: str) -> Done:
+    def marker(self, step: StepName, key: str) -> Done:
+        """The marker of a finished step of a video; MissingInput when it has not been made."""
         done = self.store.done(step, key)
         if done is None:
             raise MissingInput(f"{key}: {step} has not been made yet. Run: python -m fw_pipeline.launch annotate_videos")
@@ -405,17 +273,26 @@ class Pipeline:
         return self.settings.videos / self.videos[key]
 
     def _hash(self, key: str) -> str:
+        """xxh64 of the video file. It is read again only when its size or time of change is another than when it was read."""
         if key not in self._hashes:
-            self._hashes[key] = clip_io.file_xxh64(self._path(key))
+            path, file = self._path(key), self.store.hash_of(key)
+            found = path.stat()
+            stamp = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if {name: known.get(name) for name in stamp} != stamp:
+                known = {**stamp, "xxh64": clip_io.file_xxh64(path)}
+                write_json(file, known)
+            self._hashes[key] = known["xxh64"]
         return self._hashes[key]
 
-    def _prompt(self, key: str) -> str:
+    def prompt_of(self, key: str) -> str:
+        """A video's prompt. Raises PromptError when it cannot be read."""
         return self.prompts.of(self.videos[key])
 
     def _prompt_fault(self, key: str) -> str:
         """Why the video's prompt cannot be read; "" when it can."""
         try:
-            self._prompt(key)
+            self.prompt_of(key)
         except PromptError as error:
             return str(error)
         return ""
@@ -429,29 +306,3 @@ class Pipeline:
 def made_by(engine: GeometryEngine | DepthEngine) -> str:
     """Engine and version, as markers and the manifest name them."""
     return f"{engine.name}:{engine.version}"
-
-
-def finish_clip(clip: Clip, geometry: ClipGeometry, result: ClipDepth) -> FinishedClip:
-    """From the annotation size and units to the bucket's size and clip units.
-
-    The annotation size has the bucket's aspect, so this is one scaling; depth is sampled, never averaged across edges.
-    Raises RejectedClip when the packed clip would not be consistent (see quality.check_consistency).
-    """
-    _, height, width = result.depth.shape
-    transform = clip_io.FrameTransform(height, width, clip.height, clip.width)
-    intrinsics = transform.intrinsics_to_target(geometry.intrinsics)
-    depth, w2c, scale = quality.to_clip_units(transform.depth_to_target(result.depth), intrinsics, geometry.w2c)
-    finished = FinishedClip(
-        depth=depth.astype(np.float16),
-        confidence=np.round(transform.depth_to_target(result.confidence) * 255).astype(np.uint8),
-        intrinsics=intrinsics.astype(np.float32),
-        w2c=w2c.astype(np.float32),
-        scale=np.asarray(scale, np.float64),
-        source=result.source,
-        fit_scale=result.scale,
-        fit_shift=result.shift,
-        fit_inlier_ratio=result.inlier_ratio,
-        fit_residual=result.residual,
-    )
-    quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
-    return finished

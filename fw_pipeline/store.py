@@ -1,5 +1,6 @@
 """The one object that owns every path below the data folder, and how results get there.
 
+    hashes/<video_key>.json   size, time of change and xxh64 of a video, so that it is read again only when it has changed
     clips/<video_key>/        clips.json
     geometry/<video_key>/     <clip_id>.npz
     depth/<video_key>/        <clip_id>.npz
@@ -66,6 +67,9 @@ class Store:
     def dataset(self) -> Path:
         return self.root / "dataset"
 
+    def hash_of(self, key: str) -> Path:
+        return self.root / "hashes" / f"{_checked(key)}.json"
+
     def text(self, digest: str) -> Path:
         return self.root / "texts" / f"{digest}.npz"
 
@@ -76,9 +80,7 @@ class Store:
         return self.root / "reports" / f"{stage}.html"
 
     def folder(self, step: StepName, key: str) -> Path:
-        if not key or key.startswith(".") or any(c in key for c in "/\\\0"):
-            raise ValueError(f"{key!r} is not a video key")
-        return self.root / step / key
+        return self.root / step / _checked(key)
 
     def done(self, step: StepName, key: str) -> Done | None:
         """The marker of a finished step, or None if the step never finished for this video."""
@@ -107,6 +109,12 @@ class Store:
                 temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checked(key: str) -> str:
+    if not key or key.startswith(".") or any(c in key for c in "/\\\0"):
+        raise ValueError(f"{key!r} is not a video key")
+    return key
 
 
 def write_done(folder: Path, done: Done) -> None:

@@ -22,11 +22,12 @@ def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResourc
     from tqdm import tqdm
 
     from fw_model.data.manifest import dataset_digest
+    from fw_pipeline.packing import pack
     from fw_pipeline.pipeline import MissingInput
 
     built = pipeline.build()
     try:
-        result = built.pack(progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
+        result = pack(built, progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
     except MissingInput as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     for name, reason in result.quarantined.items():

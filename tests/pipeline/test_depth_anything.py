@@ -23,7 +23,7 @@ from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, RejectedCl
 from fw_pipeline.demo_pairs import TrueViews, true_views
 from fw_pipeline.demo_scenes import SHOTS
 from fw_pipeline.made_models import make_depth_anything
-from fw_pipeline.pipeline import finish_clip
+from fw_pipeline.step_results import finish_clip
 
 RGBD = Path(__file__).parents[2].parent / "shared" / "data" / "rgbd"
 GEOMETRY, NETWORK = 0, 1

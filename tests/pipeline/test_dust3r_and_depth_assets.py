@@ -22,8 +22,10 @@ from fw_pipeline.demo_pairs import Spoil, TrueViews, TruthNetwork
 from fw_pipeline.engines import depth_engine, geometry_engine
 from fw_pipeline.launch import register
 from fw_pipeline.made_models import make_depth_anything
-from fw_pipeline.pipeline import FinishedClip, Pipeline
+from fw_pipeline.packing import pack
+from fw_pipeline.pipeline import Pipeline
 from fw_pipeline.settings import PROFILES, Settings, settings_from_env
+from fw_pipeline.step_results import FinishedClip
 from fw_pipeline.store import Done, load_arrays
 from tests.pipeline.test_dust3r_engine import TINY
 
@@ -124,7 +126,7 @@ def test_dust3r_and_depth_anything_annotate_the_truth_through_the_assets_and_one
         assert finished.fit_scale.shape == finished.fit_residual.shape == finished.source.shape == (17,)
     for key in pipeline.videos:
         pipeline.run("latents", key)
-    assert pipeline.pack().clips == 1
+    assert pack(pipeline).clips == 1
     rows = {row.video: row for row in read_manifest(pipeline.store.dataset)}
     assert "not finite" in rows[bad].quarantine
     assert rows[good].quality["inlier_ratio"] > 0.9

@@ -172,7 +172,7 @@ def test_other_run_in_the_folder_is_refused_with_both_sides(
     stage1_run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_run.FantasyWorld, "from_preset", no_model)
-    with pytest.raises(TrainingError, match=r"stage1\.learning_rate: the folder has 0\.001, this run 0\.5"):
+    with pytest.raises(TrainingError, match=r"stage1\.learning_rate: the folder has 0\.0002, this run 0\.5"):
         train.train(small_preset("stage1.learning_rate=0.5"), "stage1", dataset, stage1_run)
     other = pack_scenes(tmp_path / "other", small_preset(), train=3)
     with pytest.raises(TrainingError, match="dataset_digest: the folder has"):
@@ -289,7 +289,7 @@ def test_non_finite_steps_are_named_and_passed_over_then_stop_the_run(
 
 
 def test_losses_fall_on_the_validation_clips(dataset: Path, tmp_path: Path) -> None:
-    preset = small_preset("stage1.steps=12", "stage1.validate_every=100", "stage1.save_every=100")
+    preset = small_preset("stage1.steps=12", "stage1.learning_rate=1e-3", "stage1.validate_every=100", "stage1.save_every=100")
     validation = train.train(preset, "stage1", dataset, tmp_path).validation
     assert validation["after"]["total"] < 0.8 * validation["before"]["total"]
 
