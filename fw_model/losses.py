@@ -56,11 +56,10 @@ class GeometryOutput(Protocol):
 def make_targets(batch: Batch) -> Targets:
     """Targets of a batch, on its device. Nothing is rescaled: a packed clip is in clip units already."""
     height, width = batch.depth.shape[-2:]
-    depth = torch.where(batch.valid, batch.depth, torch.zeros_like(batch.depth))
     return Targets(
-        depth=depth,
+        depth=batch.depth,
         valid=batch.valid,
-        points=unproject(depth, batch.intrinsics, batch.w2c),
+        points=unproject(batch.depth, batch.intrinsics, batch.w2c),
         pose_encoding=encode_pose(batch.w2c, batch.intrinsics, height, width),
     )
 

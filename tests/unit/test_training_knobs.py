@@ -403,7 +403,7 @@ def test_any_tracker_of_accelerate_gets_the_configuration_and_every_line(
         train.train(small_preset(*ONE_STEP, "stage1.trackers=[wandb]"), "stage1", dataset, tmp_path)
     finally:
         accelerate.tracking._available_trackers.remove(accelerate.tracking.LoggerType.WANDB)
-    assert lines[0][1]["stage1.learning_rate"] == 1e-3
+    assert lines[0][1]["stage1.learning_rate"] == small_preset().stage1.learning_rate
     assert {step for step, _ in lines[1:]} == {0, 1}
     assert any("loss/total" in values for _, values in lines)
 
