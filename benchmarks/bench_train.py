@@ -352,7 +352,7 @@ def judge(rows: Rows) -> tuple[dict[str, float], list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two timed steps a way instead of five, no frozen plain way")
+    parser.add_argument("--quick", action="store_true", help="three timed steps a way instead of five, no frozen plain way")
     parser.add_argument("--size", choices=("middle", "full"), help="default: full with a GPU, middle without")
     args = parser.parse_args()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -372,7 +372,7 @@ def main() -> int:
         make_dataset(setting.folder, size, setting.preset)
         print(f"{size.name} size, {size.clip}, {gpu or f'CPU, {torch.get_num_threads()} threads'}; one clip a step")
         print(f"{'way':22}{'s / step':>10}{'of it enc.':>12}{'data wait':>11}{'peak GiB':>10}{'tokens/s':>11}")
-        rows, full = measure(setting, 2 if args.quick else 5, frozen_too=not args.quick)
+        rows, full = measure(setting, 3 if args.quick else 5, frozen_too=not args.quick)
     ratios, missed = judge(rows)
     result: dict[str, Any] = {"size": size.name, "device": gpu or "cpu", "rows": rows, "ratios": ratios}
     if gpu:
