@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from fw_model.config import AugmentConfig, ConfigError, Preset, StageConfig
 from fw_model.data.augment import AugmentDraw, RawClip, augment_clip, draw_augment, frames_needed
-from fw_model.data.dataset import ClipDataset
+from fw_model.data.dataset import ClipDataset, pad_text
 from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest
 from fw_model.data.remote import is_remote
 from fw_model.data.shard_reader import ShardReader
@@ -119,10 +119,7 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         return frames
 
     def _text(self, prompt: str) -> torch.Tensor:
-        embedding = self.encoders.encode_text(prompt)
-        text = np.zeros((self.text_len, embedding.shape[1]), embedding.dtype)
-        text[: len(embedding)] = embedding
-        return torch.from_numpy(text)
+        return pad_text(torch.from_numpy(self.encoders.encode_text(prompt)), self.text_len)
 
 
 Clips = ClipDataset | OnlineEncodedClips  # what training reads

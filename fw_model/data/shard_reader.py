@@ -74,19 +74,19 @@ class ShardReader:
         sizes = [len(clip_id), *(byte_count(*row.arrays[name]) for name in names[1:])]
         try:
             starts = _starts(opened, row.row_group, sizes)
-            found_id = opened.file.read(starts[0], sizes[0])
-            places = dict(zip(names[1:], zip(starts[1:], sizes[1:], strict=True), strict=True))
-            same = found_id != clip_id or not self.verify_hash or _hash(opened.file, row, places) == row.xxh64
         except ValueError as error:
             raise DatasetError(f"{where}: {error}; was the dataset packed again meanwhile? Start again or pack it") from error
-        if found_id != clip_id:
+        if (found_id := opened.file.read(starts[0], sizes[0])) != clip_id:
             raise DatasetError(
                 f"{where}: holds clip {found_id.decode(errors='replace')} instead: was the dataset packed again meanwhile? "
                 "Start again or pack it"
             )
-        if not same:
+        arrays = {
+            name: StoredArray(opened.file, start, *row.arrays[name]) for name, start in zip(names[1:], starts[1:], strict=True)
+        }
+        if self.verify_hash and _hash(opened.file, arrays) != row.xxh64:
             raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
-        return {name: StoredArray(opened.file, start, *row.arrays[name]) for name, (start, _) in places.items()}
+        return arrays
 
     def _file(self, shard: str) -> _Open:
         """The open shard. One that was deleted or replaced since it was opened is not read on: it is fetched again from a URL
@@ -149,11 +149,12 @@ def _starts(opened: _Open, row_group: int, sizes: list[int]) -> list[int]:
     return starts
 
 
-def _hash(file: SharedFile, row: ClipRow, places: dict[str, tuple[int, int]]) -> str:
-    """The hash of what lies at (start, bytes) of every array; mapped at once, since they lie side by side."""
-    first = min(start for start, _ in places.values())
-    mapped = file.map(first, max(start + size for start, size in places.values()) - first)
-    return payload_hash(row.arrays, {name: mapped[start - first :][:size] for name, (start, size) in places.items()})
+def _hash(file: SharedFile, arrays: dict[str, StoredArray]) -> str:
+    """The manifest's hash of what lies there now; mapped at once, since the arrays lie side by side."""
+    first = min(array.start for array in arrays.values())
+    mapped = file.map(first, max(array.start + array.bytes for array in arrays.values()) - first)
+    buffers = {name: mapped[array.start - first :][: array.bytes] for name, array in arrays.items()}
+    return payload_hash({name: (array.dtype, array.shape) for name, array in arrays.items()}, buffers)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

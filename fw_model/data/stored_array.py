@@ -71,9 +71,13 @@ class StoredArray:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        return byte_count(self.dtype, self.shape)
+
     def map(self) -> np.ndarray:
         """The array, uncopied; see `SharedFile.map`."""
-        buffer = self.file.map(self.start, byte_count(self.dtype, self.shape))
+        buffer = self.file.map(self.start, self.bytes)
         return np.frombuffer(buffer, stored_dtype(self.dtype)).reshape(self.shape)
 
 

@@ -134,9 +134,10 @@ def test_any_number_of_workers_gives_the_same_batches(clips: ClipDataset) -> Non
         assert_equal(load(clips, ResumableBucketSampler(clips.buckets, 4, 2), 10, workers), expected)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_data_worker_hands_over_where_clips_lie_instead_of_their_bytes(clips: ClipDataset, size: int) -> None:
-    (batch,) = islice(DataLoader(clips, batch_size=size, collate_fn=collate, num_workers=1), 1)
+@pytest.mark.parametrize(("size", "start"), [(1, "fork"), (2, "fork"), (2, "spawn")])
+def test_a_data_worker_hands_over_where_clips_lie_instead_of_their_bytes(clips: ClipDataset, size: int, start: str) -> None:
+    loader = DataLoader(clips, batch_size=size, collate_fn=collate, num_workers=1, multiprocessing_context=start)
+    (batch,) = islice(loader, 1)
     assert_equal([batch], [collate([clips[i] for i in range(size)])])
     assert not any(value.is_shared() for value in vars(batch).values() if isinstance(value, torch.Tensor))
 
