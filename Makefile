@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(ENV) python -m fw_pipeline.run_demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+	$(ENV) python -m fw_pipeline.demo.run $(if $(VIDEOS),--videos "$(VIDEOS)")
 
 # Two workers of one thread each, a file to a worker: the fastest on two cores. PYTEST_ARGS="-k dataset" picks some.
 test: setup
@@ -35,14 +35,14 @@ format: setup
 
 # The tiny preset learns one rendered clip by heart: proof that losses, targets and heads work here. A minute or two.
 overfit: setup
-	$(ENV) python -m fw_pipeline.overfit
+	$(ENV) python -m fw_pipeline.demo.overfit
 
 bench: setup
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 # The real 1.3B configuration with made weights: an optimizer step of each stage in 20 GiB of ordinary memory.
 full-size: setup
-	$(ENV) python -m fw_model.full_size
+	$(ENV) python -m fw_model.describe.full_size
 
 # A command-line run that was killed with SIGKILL keeps its pool slot; this frees the slots of runs that have ended.
 free-slots: setup

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fw_model import metrics
-from fw_pipeline.annotate.alignment import PairPrediction, align, pair_graph
-from fw_pipeline.demo_pairs import Spoil, TrueViews, pair_predictions, true_views
-from fw_pipeline.demo_scenes import SHOTS
+from fw_pipeline.annotate.pairwise.align import PairPrediction, align, pair_graph
+from fw_pipeline.demo.scenes import SHOTS
+from fw_pipeline.demo.true_pairs import Spoil, TrueViews, pair_predictions, true_views
 
 # Seconds of the original aligner for 8 and for 40 views, and what is asked of this one: a tenth.
 ORIGINAL_SECONDS = {8: 17.0, 40: 141.0}

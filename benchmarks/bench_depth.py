@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from fw_pipeline.annotate.depth import DepthAnythingV2, align_disparity
-from fw_pipeline.demo_pairs import true_views
-from fw_pipeline.demo_scenes import SHOTS
-from fw_pipeline.made_models import make_depth_anything
+from fw_pipeline.demo.scenes import SHOTS
+from fw_pipeline.demo.seeded_models import make_depth_anything
+from fw_pipeline.demo.true_pairs import true_views
 
 OUTLIERS = (0.0, 0.1, 0.3, 0.45)
 NOISE = 0.014  # of the disparity: a mean of |error| of 1.1 %

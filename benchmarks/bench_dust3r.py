@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fw_model import metrics
-from fw_pipeline.annotate.alignment import pair_graph
 from fw_pipeline.annotate.dust3r import DUSt3R, DUSt3RConfig, Dust3rEngine, Pointmap
-from fw_pipeline.demo_pairs import Spoil, TruthNetwork, true_views
-from fw_pipeline.demo_scenes import SHOTS
+from fw_pipeline.annotate.pairwise.align import pair_graph
+from fw_pipeline.demo.scenes import SHOTS
+from fw_pipeline.demo.true_pairs import Spoil, TruthNetwork, true_views
 
 CLIP = 81  # frames
 MIN_RATIO = 4.0

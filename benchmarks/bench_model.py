@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fw_model import heads
-from fw_model.backbone import WanBackbone
 from fw_model.config import GeometryConfig, ModelConfig, WanConfig
-from fw_model.fantasy_world import FantasyWorld
-from fw_model.losses import geometry_loss, geometry_losses
-from fw_model.step_trace import ClipSize, measured_peak, step_inputs, trace_step
+from fw_model.describe.step_trace import ClipSize, measured_peak, step_inputs, trace_step
+from fw_model.model import heads
+from fw_model.model.backbone import WanBackbone
+from fw_model.model.fantasy_world import FantasyWorld
+from fw_model.train.losses import geometry_loss, geometry_losses
 
 GUIDE_SPEED_UP = 1.5  # asked of the stage 1 step against the guide's way
 Run = Callable[[], object]
@@ -189,7 +189,7 @@ def show(title: str, rows: dict[str, Row]) -> None:
 
 
 def full_size_flops() -> dict[str, float]:
-    """TFLOPs of one clip of 81 x 336 x 592 through the full model, traced (see fw_model.step_trace)."""
+    """TFLOPs of one clip of 81 x 336 x 592 through the full model, traced (see fw_model.describe.step_trace)."""
     found = {}
     for stage in ("stage1", "stage2"):
         trace = trace_step(ModelConfig(), stage, ClipSize())

@@ -47,18 +47,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fw_model import train as training
 from fw_model.cameras import make_trajectory
 from fw_model.config import Preset, Stage
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import Batch, ClipRecord
 from fw_model.data.shard_writer import ShardWriter
-from fw_model.fantasy_world import FantasyWorld
-from fw_model.metrics_log import read_metrics
-from fw_model.objective import autocast, compute_losses, predict, training_draws
-from fw_model.optimizers import make_optimizer
-from fw_model.step_trace import measured_peak, store_in_bfloat16, trace_step
+from fw_model.describe.step_trace import measured_peak, store_in_bfloat16, trace_step
+from fw_model.model.fantasy_world import FantasyWorld
+from fw_model.train import loop as training
+from fw_model.train.metrics_log import read_metrics
+from fw_model.train.objective import autocast, compute_losses, predict, training_draws
+from fw_model.train.optimizers import make_optimizer
 
 STAGES: tuple[Stage, ...] = ("stage1", "stage2")
 SPEED_UP = {"stage1": 2.0, "stage2": 1.3}

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fw_model.config import GeometryConfig, Preset, WanConfig, load_preset
-from fw_model.describe import PUBLISHED, STAGES
-from fw_model.encoders import Encoders
-from fw_model.step_trace import ClipSize, count_flops, trace_step
+from fw_model.describe.__main__ import PUBLISHED, STAGES
+from fw_model.describe.step_trace import ClipSize, count_flops, trace_step
+from fw_model.model.encoders import Encoders
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Size:
         """CLIP's patches along a side of its image; 16 at full size."""
         return max(1, round(16 / self.shrink**0.5))
 
-    # ---- encoders, in the published shapes (the made ones of `fw_model.encoders` have other proportions)
+    # ---- encoders, in the published shapes (the made ones of `fw_model.model.encoders` have other proportions)
 
     def vae(self) -> nn.Module:
         return AutoencoderKLWan(base_dim=self.less(96))

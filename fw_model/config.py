@@ -108,7 +108,11 @@ class ModelConfig(Config):
         return self
 
 
-ENCODING_VERSIONS = {"vae": 1, "text": 1, "image": 1}  # raise one when `fw_model.encoders` computes its features differently
+ENCODING_VERSIONS = {
+    "vae": 1,
+    "text": 1,
+    "image": 1,
+}  # raise one when `fw_model.model.encoders` computes its features differently
 
 
 class WeightsConfig(Config):
@@ -171,7 +175,7 @@ class ClipConfig(Config):
     """What a clip is: T = 4k+1 frames at a fixed rate, in a landscape or a portrait bucket.
 
     In a file or override `size: 288x512` stands for both sides. A dataset is made at one clip size and trained at it; see
-    `fw_model.training_run.open_dataset`.
+    `fw_model.train.run.open_dataset`.
     """
 
     frames: int = 81

@@ -6,6 +6,7 @@ import dagster as dg
 
 from fw_model.config import Stage
 from fw_pipeline.resources import PipelineResource
+from fw_pipeline.steps.review import consistency_faults, truth_errors
 
 
 @dg.asset_check(asset="depth", description="Depth and cameras against exact ground truth, where a video has one (the demo's).")
@@ -13,7 +14,7 @@ def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """The mean over clips meets every bar; the metadata names each clip."""
     from fw_pipeline.annotate.truth import Bars
 
-    errors = pipeline.build().truth_errors()
+    errors = truth_errors(pipeline.build())
     if not errors:
         return dg.AssetCheckResult(passed=True, metadata={"clips with truth": 0})
     names = list(next(iter(errors.values())))
@@ -32,7 +33,7 @@ def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
 @dg.asset_check(asset="depth", description="World points of each frame land on their own pixels; one world, one scale.")
 def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """Reads every finished clip back from disk and checks it, whatever engine made it."""
-    faults = pipeline.build().consistency_faults()
+    faults = consistency_faults(pipeline.build())
     listing = "\n".join(f"- {name}: {reason}" for name, reason in faults.items()) or "none"
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md(listing)})
 
@@ -40,7 +41,7 @@ def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
 @dg.asset_check(asset="training_shards", description="Every hash, shape and row of the packed dataset.")
 def dataset_is_whole(pipeline: PipelineResource) -> dg.AssetCheckResult:
     from fw_model.data.verify import verify
-    from fw_pipeline.store import Store
+    from fw_pipeline.steps.store import Store
 
     faults = verify(Store(pipeline.settings().data).dataset)
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md("\n".join(faults) or "none")})
@@ -51,7 +52,7 @@ def _improved(stage: Stage) -> dg.AssetChecksDefinition:
         asset=f"{stage}_checkpoint", name="validation_improved", description="Validation losses are below those at step 0."
     )
     def validation_improved(pipeline: PipelineResource) -> dg.AssetCheckResult:
-        from fw_pipeline.training import plan_training
+        from fw_pipeline.steps.training_plan import plan_training
 
         result = plan_training(pipeline.settings(), stage).result()
         if result is None:

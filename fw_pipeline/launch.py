@@ -10,35 +10,11 @@ do there. Runs are recorded in the instance at DAGSTER_HOME.
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dagster as dg
-from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
-from fw_pipeline.partitions import video_partitions
-
-LAUNCH = "python -m fw_pipeline.launch"
-
-
-def range_tags(known: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
-    """Run tags of the smallest range of partitions that holds all `keys`, new ones being added behind the `known` ones.
-
-    What lies between them and is up to date is skipped by the assets. Raises ValueError without keys.
-    """
-    if not keys:
-        raise ValueError("no videos to launch a run for")
-    order = [*known, *sorted(set(keys) - set(known))]
-    places = sorted(order.index(key) for key in keys)
-    return {ASSET_PARTITION_RANGE_START_TAG: order[places[0]], ASSET_PARTITION_RANGE_END_TAG: order[places[-1]]}
-
-
-def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str]:
-    """Add the videos as partitions and return the tags of a run over them."""
-    name = video_partitions.name or "video"
-    tags = range_tags(instance.get_dynamic_partitions(name), keys)
-    instance.add_dynamic_partitions(name, sorted(set(keys) - set(instance.get_dynamic_partitions(name))))
-    return tags
+from fw_pipeline.partitions import LAUNCH, register
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=LAUNCH, description="Launch jobs for all videos in the folder, in this order.")
     parser.add_argument("jobs", nargs="+", choices=[job.name for job in JOBS], metavar="JOB", help="%(choices)s")
     args = parser.parse_args(argv)
-    from fw_pipeline.pipeline import MissingInput
+    from fw_pipeline.steps.pipeline import MissingInput
 
     warnings.filterwarnings("ignore", category=dg.BetaWarning)
     warnings.filterwarnings("ignore", category=dg.PreviewWarning)

@@ -1,5 +1,31 @@
 """One partition per video; the key is `video_key(relative path)`, safe as a file name and in every Dagster tag."""
 
+from collections.abc import Sequence
+
 import dagster as dg
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
 video_partitions = dg.DynamicPartitionsDefinition(name="video")
+
+
+LAUNCH = "python -m fw_pipeline.launch"
+
+
+def range_tags(known: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
+    """Run tags of the smallest range of partitions that holds all `keys`, new ones being added behind the `known` ones.
+
+    What lies between them and is up to date is skipped by the assets. Raises ValueError without keys.
+    """
+    if not keys:
+        raise ValueError("no videos to launch a run for")
+    order = [*known, *sorted(set(keys) - set(known))]
+    places = sorted(order.index(key) for key in keys)
+    return {ASSET_PARTITION_RANGE_START_TAG: order[places[0]], ASSET_PARTITION_RANGE_END_TAG: order[places[-1]]}
+
+
+def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str]:
+    """Add the videos as partitions and return the tags of a run over them."""
+    name = video_partitions.name or "video"
+    tags = range_tags(instance.get_dynamic_partitions(name), keys)
+    instance.add_dynamic_partitions(name, sorted(set(keys) - set(instance.get_dynamic_partitions(name))))
+    return tags

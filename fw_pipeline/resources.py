@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from fw_pipeline.settings import Settings, settings_from_env
+from fw_pipeline.steps.settings import Settings, settings_from_env
 
 if TYPE_CHECKING:
-    from fw_pipeline.pipeline import Pipeline
+    from fw_pipeline.steps.pipeline import Pipeline
 
 # A stopped run may finish its step and save before it is killed; the full model's state takes minutes to write.
 TERMINATION_TIMEOUT_SECONDS = 600
 
 
 class PipelineResource(dg.ConfigurableResource):
-    """What `fw_pipeline.settings` says, each field open to run config; None keeps the profile's and environment's value."""
+    """What `fw_pipeline.steps.settings` says, each field open to run config; None keeps the profile's and environment's value."""
 
     data: str | None = None
     videos: str | None = None
@@ -43,7 +43,7 @@ class PipelineResource(dg.ConfigurableResource):
 
     def build(self) -> "Pipeline":
         # Imported here: every step is a new process, and most never touch torch or COLMAP.
-        from fw_pipeline.pipeline import Pipeline
+        from fw_pipeline.steps.pipeline import Pipeline
 
         return Pipeline(self.settings())
 

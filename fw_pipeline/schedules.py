@@ -3,7 +3,7 @@
 import dagster as dg
 
 from fw_pipeline.jobs import annotate_videos
-from fw_pipeline.launch import register
+from fw_pipeline.partitions import register
 from fw_pipeline.resources import PipelineResource
 
 
@@ -13,7 +13,7 @@ def reannotate(context: dg.ScheduleEvaluationContext, pipeline: PipelineResource
 
     The run covers the range of partitions from the first to the last stale one; those between that are up to date are skipped.
     """
-    from fw_pipeline.pipeline import MissingInput
+    from fw_pipeline.steps.pipeline import MissingInput
 
     built = pipeline.build()
     try:

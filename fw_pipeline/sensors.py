@@ -5,9 +5,8 @@ import json
 import dagster as dg
 
 from fw_pipeline.jobs import annotate_videos
-from fw_pipeline.launch import range_tags
-from fw_pipeline.partitions import video_partitions
-from fw_pipeline.settings import settings_from_env
+from fw_pipeline.partitions import range_tags, video_partitions
+from fw_pipeline.steps.settings import settings_from_env
 
 INTERVAL_SECONDS = 60
 

@@ -8,13 +8,13 @@ import sys
 
 
 def main(argv: list[str]) -> int:
-    from fw_model.train import main as train
+    from fw_model.train.__main__ import main as train
 
     if os.environ.get("RANK", "0") != "0" or "DAGSTER_PIPES_CONTEXT" not in os.environ:
         return train(argv)
     from dagster_pipes import open_dagster_pipes
 
-    from fw_model.metrics_log import in_words
+    from fw_model.train.metrics_log import in_words
 
     with open_dagster_pipes() as pipes:
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fw_model.data.manifest import DatasetError, dataset_digest, dataset_folder, read_manifest, read_texts
+from fw_model.data.manifest import dataset_digest, dataset_folder, read_manifest, read_texts
 from fw_model.data.verify import iter_faults
+from fw_model.errors import DatasetError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

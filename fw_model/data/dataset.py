@@ -14,11 +14,12 @@ from torch._utils import ExceptionWrapper
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, parse_arrays, read_manifest, read_text_rows
+from fw_model.data.manifest import SPLITS, ClipRow, parse_arrays, read_manifest, read_text_rows
 from fw_model.data.remote import is_remote
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
 from fw_model.data.stored_array import StoredArray
+from fw_model.errors import DatasetError
 
 _TENSORS = tuple(field.name for field in fields(Batch) if field.name != "clip_ids")
 

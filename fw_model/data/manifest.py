@@ -19,11 +19,9 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from fw_model.data.errors import DatasetError, MissingDatasetError, PackInProgressError
 from fw_model.data.remote import RemoteFolder, is_remote
 from fw_model.data.schema import FORMAT_VERSION
-
-__all__ = ["DatasetError", "MissingDatasetError", "PackInProgressError"]  # raised here, and caught by this name
+from fw_model.errors import DatasetError, MissingDatasetError
 
 MANIFEST = "manifest.parquet"
 TEXTS = "texts.parquet"  # the manifest of the prompts: a row per distinct prompt, with the columns of a clip's row

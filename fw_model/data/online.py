@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fw_model.config import AugmentConfig, ConfigError, Preset, StageConfig
+from fw_model.config import AugmentConfig
 from fw_model.data.augment import AugmentDraw, RawClip, augment_clip, draw_augment, frames_needed
-from fw_model.data.dataset import ClipDataset, pad_text
-from fw_model.data.manifest import SPLITS, ClipRow, DatasetError, read_manifest
+from fw_model.data.dataset import pad_text
+from fw_model.data.manifest import SPLITS, ClipRow, read_manifest
 from fw_model.data.remote import is_remote
 from fw_model.data.shard_reader import ShardReader
-from fw_model.encoders import Encoders
+from fw_model.errors import DatasetError
+from fw_model.model.encoders import Encoders
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         self.rows = manifest.select(manifest.equal("quarantine", "") & manifest.equal("split", split))
         self.frames, self.augment, self.seed = frames, augment, seed
         for row in self.rows.distinct("bucket", "arrays"):
-            _check_pictures(self.path, row, self._frames_of(row), augment)
+            check_pictures(self.path, row, self._frames_of(row), augment)
         self._reader = ShardReader(self.path, verify_hash, manifest=manifest)
         self._embed = lru_cache(maxsize=256)(self._text)
 
@@ -122,62 +123,7 @@ class OnlineEncodedClips(Dataset[dict[str, Any]]):
         return pad_text(torch.from_numpy(self.encoders.encode_text(prompt)), self.text_len)
 
 
-Clips = ClipDataset | OnlineEncodedClips  # what training reads
-
-
-def open_online(
-    path: str | Path, preset: Preset, config: StageConfig, device: torch.device | str
-) -> tuple[OnlineEncodedClips, OnlineEncodedClips]:
-    """(training clips, validation clips) of a dataset of pictures; without any of its own, validation gets the training
-    clips. Training clips are augmented as the stage says, validation clips never.
-
-    All is checked that can be before the encoders are loaded.
-
-    Raises:
-        DatasetError: missing, empty, of latents, or of clips that do not fit the preset's size or the strides.
-        ConfigError: encoders on a GPU with data workers, or of other sizes than the base takes.
-        EncoderError: the encoders' weights are not there.
-    """
-    device, augment, wan = torch.device(device), config.augment, preset.model.wan
-    if device.type != "cpu" and config.workers:
-        raise ConfigError(
-            f"encode_online: the encoders run on {device}, which data workers cannot use; set workers: 0 (it is {config.workers})"
-        )
-    manifest = read_manifest(path)
-    rows = manifest.select(manifest.equal("quarantine", "")).distinct("split", "bucket", "arrays")
-    for row in rows:
-        _check_pictures(path, row, preset.clip.frames, augment)
-        _check_size(path, row, preset, augment)
-    for stride in augment.strides if augment else ():
-        longest = max((row.size[2] for row in rows), default=0)
-        if (needed := frames_needed(preset.clip.frames, stride)) > longest:
-            raise DatasetError(
-                f"{path}: augment.strides: a stride of {stride} needs clips of {needed} frames to give {preset.clip.frames}, the "
-                f"longest has {longest}; leave {stride} out, or pack with clip.frames={needed} and train with "
-                f"clip.frames={preset.clip.frames}"
-            )
-    if not any(row.split == "train" for row in rows):
-        raise DatasetError(f"{path}: no clip in its train split; see: python -m fw_model.data info {path}")
-    encoders = Encoders.from_config(preset.encoders, wan.text_len, str(device))
-    tokens, width = encoders.encode_image(np.zeros((16, 16, 3), np.uint8)).shape
-    found, wanted = (encoders.encode_text("").shape[1], tokens, width), (wan.text_dim, wan.image_tokens, wan.image_dim)
-    if found != wanted:
-        raise ConfigError(
-            f"preset {preset.name!r}: the encoders give text of width {found[0]} and image features {found[1:]}, the base takes "
-            f"{wanted[0]} and {wanted[1:]}"
-        )
-    size = sum(p.nbytes for part in (encoders.vae, encoders.text, encoders.image) for p in part.parameters())
-    log.info(
-        "encoding while training: VAE, UMT5 and CLIP stay on %s (%.0f MB in every process), VAE and CLIP run for every clip of "
-        "every step; data_seconds in metrics.jsonl says what that costs. Latents that are cached cost a read",
-        *(device, size / 1e6),
-    )
-    training = OnlineEncodedClips(path, "train", encoders, preset.clip.frames, augment, config.seed)
-    held_out = "val" if any(row.split == "val" for row in rows) else "train"
-    return training, OnlineEncodedClips(path, held_out, encoders, preset.clip.frames)
-
-
-def _check_pictures(path: str | Path, row: ClipRow, frames: int, augment: AugmentConfig | None) -> None:
+def check_pictures(path: str | Path, row: ClipRow, frames: int, augment: AugmentConfig | None) -> None:
     """Refuse a clip that has no pictures, or too few for a clip of `frames`."""
     if "video" not in row.arrays:
         raise DatasetError(
@@ -189,21 +135,6 @@ def _check_pictures(path: str | Path, row: ClipRow, frames: int, augment: Augmen
         raise DatasetError(
             f"{path}: clip {row.clip_id} has {row.size[2]} frames, a clip of {frames} needs {needed}; pack longer clips "
             f"(clip.frames={needed}) or train on shorter ones"
-        )
-
-
-def _check_size(path: str | Path, row: ClipRow, preset: Preset, augment: AugmentConfig | None) -> None:
-    """Refuse a clip of another size than the preset's, or longer than it where nothing says which frames are meant."""
-    height, width, frames = row.size
-    if preset.clip.bucket(height, width)[:2] != (height, width):
-        raise DatasetError(
-            f"{path}: clip {row.clip_id} is in bucket {row.bucket}, the preset's are {' and '.join(preset.clip.buckets)}; train "
-            f"at the dataset's size: clip.size={height}x{width}"
-        )
-    if augment is None and frames != preset.clip.frames:
-        raise DatasetError(
-            f"{path}: clip {row.clip_id} has {frames} frames, the preset's clips {preset.clip.frames}; train with "
-            f"clip.frames={frames}, or with augment, which draws windows from longer clips"
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from fw_model.data.errors import DatasetError, MissingDatasetError
+from fw_model.errors import DatasetError, MissingDatasetError
 
 log = logging.getLogger(__name__)
 

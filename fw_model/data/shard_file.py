@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fw_model.data.manifest import ClipRow, DatasetError, read_rows, write_rows
+from fw_model.data.manifest import ClipRow, read_rows, write_rows
 from fw_model.data.payload import Payload, payload_schema
 from fw_model.data.swap import fsync
+from fw_model.errors import DatasetError
 
 
 @dataclass

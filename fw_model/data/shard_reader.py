@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from fw_model.data.manifest import ClipRow, DatasetError, Manifest, dataset_folder, open_parquet, read_manifest
+from fw_model.data.manifest import ClipRow, Manifest, dataset_folder, open_parquet, read_manifest
 from fw_model.data.payload import payload_hash, payload_schema
 from fw_model.data.remote import RemoteFolder, is_remote
 from fw_model.data.stored_array import SharedFile, StoredArray, byte_count
+from fw_model.errors import DatasetError
 
 
 class _Open(NamedTuple):

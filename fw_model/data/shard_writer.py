@@ -34,8 +34,6 @@ from fw_model.data.manifest import (
     TEXT_SPLIT,
     TEXTS,
     ClipRow,
-    DatasetError,
-    MissingDatasetError,
     dataset_folder,
     open_parquet,
     read_manifest,
@@ -47,6 +45,7 @@ from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_file import FinishedShard, ShardFile, finished_shards
 from fw_model.data.shard_reader import ShardReader
 from fw_model.data.swap import clear_up, fsync, link, packing_folder, remove, swap_in, take_lock, whole_folder
+from fw_model.errors import DatasetError, MissingDatasetError
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fw_model.data.errors import DatasetError
 from fw_model.data.payload import stored_dtype
+from fw_model.errors import DatasetError
 
 
 class SharedFile:

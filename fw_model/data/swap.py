@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from fw_model.data.manifest import MANIFEST, DatasetError, PackInProgressError, previous_folder
+from fw_model.data.manifest import MANIFEST, previous_folder
+from fw_model.errors import DatasetError, PackInProgressError
 
 
 def packing_folder(path: Path) -> Path:

@@ -6,19 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fw_model.data.manifest import (
-    MANIFEST,
-    TEXT_SPLIT,
-    TEXTS,
-    ClipRow,
-    DatasetError,
-    dataset_folder,
-    open_parquet,
-    read_manifest,
-    read_texts,
-)
+from fw_model.data.manifest import MANIFEST, TEXT_SPLIT, TEXTS, ClipRow, dataset_folder, open_parquet, read_manifest, read_texts
 from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_reader import ShardReader
+from fw_model.errors import DatasetError
 
 
 def verify(path: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""How far annotations are from exact ground truth, for videos that have one (the demo's). Annotators never see it."""
+"""Exact ground truth beside a video (`name.gt.npz`), and how far annotations are from it. Annotators never see it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from fw_model import metrics
 from fw_pipeline.annotate.clips import FrameTransform
 from fw_pipeline.annotate.types import Clip
-from fw_pipeline.demo import ground_truth_for_clip, load_ground_truth
 
 
 @dataclass(frozen=True)
@@ -58,3 +57,60 @@ def compare_with_truth(video: Path, clip: Clip, depth: np.ndarray, w2c: np.ndarr
         "absrel": metrics.absrel(depth, true_depth, valid),
         "valid_fraction": float(valid.mean()),
     }
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Exact geometry of one demo video, frame by frame, at the video's own size h x w.
+
+    The world is the scene's (metres); `ground_truth_for_clip` moves it to a clip's first camera.
+    """
+
+    depth: np.ndarray  # [N, h, w] float32 z-depth at pixel centres (kept on disk as float16: relative error <= 0.05 %)
+    intrinsics: np.ndarray  # [N, 3, 3] float64 pixels
+    w2c: np.ndarray  # [N, 3, 4] float64
+    timestamps: np.ndarray  # [N] float64 seconds
+    shot: np.ndarray  # [N] int64, counts up at every cut
+
+
+def ground_truth_path(video: Path) -> Path:
+    """Where the ground truth of a video lies: `NAME.gt.npz` beside `NAME.mp4`."""
+    return video.with_name(video.stem + ".gt.npz")
+
+
+def load_ground_truth(video: Path) -> GroundTruth | None:
+    """Ground truth of a rendered video, or None for a video that has none. Raises ValueError for a broken file."""
+    path = ground_truth_path(video)
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as data:
+        missing = {"depth", "intrinsics", "w2c", "timestamps", "shot"} - set(data.files)
+        if missing:
+            raise ValueError(f"{path}: not a ground-truth file, it lacks {', '.join(sorted(missing))}")
+        return GroundTruth(
+            depth=data["depth"].astype(np.float32),
+            intrinsics=data["intrinsics"].astype(np.float64),
+            w2c=data["w2c"].astype(np.float64),
+            timestamps=data["timestamps"].astype(np.float64),
+            shot=data["shot"].astype(np.int64),
+        )
+
+
+def ground_truth_for_clip(truth: GroundTruth, clip: Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The truth at a clip's frames -> (depth [T, h, w], intrinsics [T, 3, 3], w2c [T, 3, 4] with w2c[0] = identity).
+
+    Depth and intrinsics are at the video's own size h x w (`FrameTransform` maps them to a bucket). Raises ValueError
+    when a clip's timestamp is more than half a frame from every frame of the truth.
+    """
+    wanted = np.asarray(clip.timestamps)
+    nearest = np.abs(truth.timestamps[None] - wanted[:, None]).argmin(1)
+    off = np.abs(truth.timestamps[nearest] - wanted)
+    if off.max() > 0.5 * np.median(np.diff(truth.timestamps)) + 1e-9:
+        worst = int(off.argmax())
+        raise ValueError(
+            f"{clip.clip_id}: no ground truth within half a frame of {wanted[worst]:.4f} s (off by {off[worst]:.4f} s)"
+        )
+    full = np.tile(np.eye(4), (len(nearest), 1, 1))
+    full[:, :3] = truth.w2c[nearest]
+    relative = full @ np.linalg.inv(full[0])
+    return truth.depth[nearest], truth.intrinsics[nearest], relative[:, :3]

@@ -22,8 +22,8 @@ def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResourc
     from tqdm import tqdm
 
     from fw_model.data.manifest import dataset_digest
-    from fw_pipeline.packing import pack
-    from fw_pipeline.pipeline import MissingInput
+    from fw_pipeline.steps.packing import pack
+    from fw_pipeline.steps.pipeline import MissingInput
 
     built = pipeline.build()
     try:

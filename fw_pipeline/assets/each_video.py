@@ -8,10 +8,9 @@ import dagster as dg
 from tqdm import tqdm
 
 from fw_pipeline.annotate.types import EngineError
-from fw_pipeline.launch import LAUNCH
-from fw_pipeline.partitions import video_partitions
+from fw_pipeline.partitions import LAUNCH, video_partitions
 from fw_pipeline.resources import PipelineResource
-from fw_pipeline.store import Done, StepName
+from fw_pipeline.steps.store import Done, StepName
 
 
 def per_video_asset(group: str, deps: Sequence[dg.AssetsDefinition] = (), pool: str | None = None) -> Callable[..., Any]:

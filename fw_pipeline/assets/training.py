@@ -28,9 +28,9 @@ def run_training(
     context: dg.AssetExecutionContext, resource: PipelineResource, pipes: dg.PipesSubprocessClient, stage: Stage
 ) -> dg.MaterializeResult:
     """Check the prerequisites, train in a subprocess that resumes by itself, report what its result.json says."""
-    from fw_model.visualize import loss_curve_png
-    from fw_pipeline.settings import PROJECT
-    from fw_pipeline.training import MissingPrerequisite, plan_training
+    from fw_model.report.figures import loss_curve_png
+    from fw_pipeline.steps.settings import PROJECT
+    from fw_pipeline.steps.training_plan import MissingPrerequisite, plan_training
 
     try:
         plan = plan_training(resource.settings(), stage)

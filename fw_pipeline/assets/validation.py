@@ -22,9 +22,9 @@ def stage2_report(context: dg.AssetExecutionContext, pipeline: PipelineResource)
 
 def report(context: dg.AssetExecutionContext, resource: PipelineResource, stage: Stage) -> dg.MaterializeResult:
     """Write the report of the finished run of this configuration and dataset."""
-    from fw_model.report import write_report
-    from fw_pipeline.store import Store
-    from fw_pipeline.training import MissingPrerequisite, plan_training
+    from fw_model.report.predict import write_report
+    from fw_pipeline.steps.store import Store
+    from fw_pipeline.steps.training_plan import MissingPrerequisite, plan_training
 
     settings = resource.settings()
     try:

@@ -18,14 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fw_model.config import ConfigError
-from fw_model.data.manifest import DatasetError
-from fw_model.encoders import EncoderError, Encoders
+from fw_model.errors import DatasetError
+from fw_model.model.encoders import EncoderError, Encoders
 from fw_pipeline.guide_layout.exporter import VideoSource, export_guide
 from fw_pipeline.guide_layout.finish import Size
 from fw_pipeline.guide_layout.importer import ImportPlan, import_guide
 from fw_pipeline.guide_layout.metadata import GuideLayoutError
-from fw_pipeline.settings import Settings, settings_from_env
-from fw_pipeline.store import Store
+from fw_pipeline.steps.settings import Settings, settings_from_env
+from fw_pipeline.steps.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

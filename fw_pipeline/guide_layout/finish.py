@@ -11,7 +11,7 @@ import torch
 from fw_model.cameras import relative_to_first
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.clips import FrameTransform, read_frames, sample_depth
-from fw_pipeline.annotate.disparity import DisparityFit, fit_pixels, steady_fits, usable_pixels
+from fw_pipeline.annotate.depth.disparity import DisparityFit, fit_pixels, steady_fits, usable_pixels
 from fw_pipeline.annotate.types import Clip, RejectedClip
 from fw_pipeline.guide_layout.check import Sample, open_map
 from fw_pipeline.guide_layout.fit import in_camera

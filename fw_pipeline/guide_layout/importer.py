@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from fw_model.config import EncodersConfig
-from fw_model.data.manifest import MissingDatasetError, read_manifest
+from fw_model.data.manifest import read_manifest
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
-from fw_model.encoders import Encoders
+from fw_model.errors import MissingDatasetError
+from fw_model.model.encoders import Encoders
 from fw_pipeline.annotate.clips import file_xxh64
 from fw_pipeline.annotate.types import RejectedClip, RejectedVideo
 from fw_pipeline.guide_layout.check import Sample, check_sample

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fw_pipeline import run_demo
+from fw_pipeline.demo import run as run_demo
+from fw_pipeline.demo.run import render
 from fw_pipeline.launch import Outcome
-from fw_pipeline.run_demo import render
-from tests.pipeline.conftest import shell
+from tests.helpers.graph import shell
 
 
 @pytest.mark.parametrize(

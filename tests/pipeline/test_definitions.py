@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fw_pipeline.definitions import defs
-from tests.pipeline.conftest import PROJECT, shell
+from tests.helpers.graph import PROJECT, shell
 
 GROUPS = {
     "ingest": {"clips"},

@@ -14,20 +14,21 @@ from fw_model.config import ConfigError
 from fw_model.data.manifest import read_manifest
 from fw_pipeline.annotate.clips import Clip, FrameTransform
 from fw_pipeline.annotate.dust3r import DUSt3R, Dust3rEngine, network_size
-from fw_pipeline.annotate.pair_graph import PairPrediction
+from fw_pipeline.annotate.engines import depth_engine, geometry_engine
+from fw_pipeline.annotate.pairwise.pair_graph import PairPrediction
+from fw_pipeline.annotate.truth import ground_truth_for_clip, load_ground_truth
 from fw_pipeline.annotate.types import ClipDepth
 from fw_pipeline.definitions import defs
-from fw_pipeline.demo import ground_truth_for_clip, load_ground_truth
-from fw_pipeline.demo_pairs import Spoil, TrueViews, TruthNetwork
-from fw_pipeline.engines import depth_engine, geometry_engine
-from fw_pipeline.launch import register
-from fw_pipeline.made_models import make_depth_anything
-from fw_pipeline.packing import pack
-from fw_pipeline.pipeline import Pipeline
-from fw_pipeline.settings import PROFILES, Settings, settings_from_env
-from fw_pipeline.step_results import FinishedClip
-from fw_pipeline.store import Done, load_arrays
-from tests.pipeline.test_dust3r_engine import TINY
+from fw_pipeline.demo.seeded_models import make_depth_anything
+from fw_pipeline.demo.true_pairs import Spoil, TrueViews, TruthNetwork
+from fw_pipeline.partitions import register
+from fw_pipeline.steps.packing import pack
+from fw_pipeline.steps.pipeline import Pipeline
+from fw_pipeline.steps.results import FinishedClip
+from fw_pipeline.steps.review import truth_errors
+from fw_pipeline.steps.settings import PROFILES, Settings, settings_from_env
+from fw_pipeline.steps.store import Done, load_arrays
+from tests.helpers.tiny_dust3r import TINY
 
 SIZE = 128  # long side at which the networks here read
 
@@ -99,7 +100,7 @@ def test_dust3r_and_depth_anything_annotate_the_truth_through_the_assets_and_one
         return dataclasses.replace(pair, points_i=np.full_like(pair.points_i, np.nan)) if video == bad else pair
 
     engine = Dust3rEngine(lambda: knowing_network(spoil), "truth")
-    monkeypatch.setattr("fw_pipeline.pipeline.geometry_engine", lambda _: engine)
+    monkeypatch.setattr("fw_pipeline.steps.pipeline.geometry_engine", lambda _: engine)
     run = annotate(geometry="dust3r", depth="depth-anything-v2", depth_model=str(depth_folder))
     assert run.success
     checks = {check.check_name: check for check in run.get_asset_check_evaluations()}
@@ -108,7 +109,7 @@ def test_dust3r_and_depth_anything_annotate_the_truth_through_the_assets_and_one
     assert checks["annotation_matches_truth"].metadata["clips with truth"].value == 1
     settings = settings_from_env(geometry="dust3r", depth="depth-anything-v2", depth_model=str(depth_folder))
     pipeline = Pipeline(settings)
-    errors = next(iter(pipeline.truth_errors().values()))
+    errors = next(iter(truth_errors(pipeline).values()))
     assert errors["ate_percent"] < 1
     assert errors["absrel"] < 0.02
     for key, video in pipeline.videos.items():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fw_pipeline.definitions import defs
-from fw_pipeline.launch import range_tags
+from fw_pipeline.partitions import range_tags
 from fw_pipeline.schedules import reannotate
 from fw_pipeline.sensors import new_videos
 

@@ -8,12 +8,12 @@ import pytest
 
 from fw_model.data.manifest import read_manifest
 from fw_pipeline.definitions import defs
-from fw_pipeline.launch import register
-from fw_pipeline.pipeline import Pipeline
+from fw_pipeline.partitions import register
 from fw_pipeline.schedules import reannotate
-from fw_pipeline.settings import Settings, settings_from_env
-from fw_pipeline.training import plan_training
-from tests.pipeline.conftest import LONG_SIDE, FinishedGraph, environment_of, shell
+from fw_pipeline.steps.pipeline import Pipeline
+from fw_pipeline.steps.settings import Settings, settings_from_env
+from fw_pipeline.steps.training_plan import plan_training
+from tests.helpers.graph import LONG_SIDE, FinishedGraph, environment_of, shell
 
 STAGE2 = "source env.sh && dagster job execute -j stage2_training"
 

@@ -9,8 +9,8 @@ import pytest
 from fw_model import metrics
 from fw_model.config import load_preset
 from fw_pipeline.annotate.clips import annotation_size, cut_clips, read_frames, video_key
-from fw_pipeline.annotate.colmap import ColmapEngine
-from fw_pipeline.annotate.plane_sweep import SweepSettings
+from fw_pipeline.annotate.colmap.engine import ColmapEngine
+from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings
 from fw_pipeline.annotate.types import RejectedClip
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

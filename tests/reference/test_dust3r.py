@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fw_model.made import fill_made_weights
+from fw_model.model.seeded_weights import fill_made_weights
 from fw_pipeline.annotate.dust3r import DUSt3R
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"

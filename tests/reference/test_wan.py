@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fw_model.backbone import WanBackbone
 from fw_model.config import WanConfig
-from fw_model.wan_weights import original_shapes
+from fw_model.model.backbone import WanBackbone
+from fw_model.model.wan_weights import original_shapes
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference numbers are not beside this checkout")

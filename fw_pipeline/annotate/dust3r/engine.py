@@ -21,23 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fw_pipeline.annotate.alignment import Alignment, align, to_pixel_centres
 from fw_pipeline.annotate.clips import FrameTransform
 from fw_pipeline.annotate.dust3r.config import DUSt3RConfig
 from fw_pipeline.annotate.dust3r.images import PreparedImages, prepare
 from fw_pipeline.annotate.dust3r.network import DUSt3R, Pointmap
 from fw_pipeline.annotate.dust3r.weights import PUBLISHED, weights_identity
-from fw_pipeline.annotate.pair_graph import PairPrediction, pair_graph
-from fw_pipeline.annotate.pose import (
+from fw_pipeline.annotate.pairwise.align import Alignment, align, to_pixel_centres
+from fw_pipeline.annotate.pairwise.pair_graph import PairPrediction, pair_graph
+from fw_pipeline.annotate.pairwise.pnp import (
     PnPError,
     PnPResult,
-    fill_missing_poses,
     measure_pose,
     pixel_threshold,
     points_in_world,
     reprojection_errors,
     solve_pnp,
 )
+from fw_pipeline.annotate.trajectory import fill_missing_poses
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 
 CODE_VERSION = 1  # raise when results change for the same frames and weights

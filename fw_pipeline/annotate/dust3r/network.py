@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fw_model.made import fill_made_weights
+from fw_model.model.seeded_weights import fill_made_weights
 from fw_pipeline.annotate.dust3r.config import PATCH, DUSt3RConfig
 from fw_pipeline.annotate.dust3r.heads import DPTHead, LinearHead
 from fw_pipeline.annotate.dust3r.weights import (

@@ -1,0 +1,117 @@
+"""The dataset from what the steps have made: what changed is written, the rest stays as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from fw_model.data.schema import ClipRecord
+from fw_model.data.shard_writer import ShardWriter
+from fw_model.data.splits import assign_splits
+from fw_pipeline.annotate.types import Clip
+from fw_pipeline.steps.pipeline import CODE_VERSION, MissingInput, Pipeline
+from fw_pipeline.steps.results import EncodedClip, EncodedText, FinishedClip, PicturesClip
+from fw_pipeline.steps.store import load_arrays
+
+
+@dataclass
+class PackResult:
+    """What went into the dataset and what did not."""
+
+    clips: int = 0
+    kept: int = 0  # of them, those that were packed before and have not changed: neither read nor written
+    bytes_written: int = 0
+    quarantined: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
+    not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
+
+
+def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> PackResult:
+    """Bring the sharded dataset up to date: every annotated clip in it, every one set aside in its manifest with the reason.
+
+    Clips that were packed before and have not changed are neither read nor written.
+    Raises MissingInput when not a single clip is ready.
+    """
+    result = PackResult()
+    ready: dict[str, str] = {}
+    for key, video in pipeline.videos.items():
+        if any(pipeline.is_stale(step, key) for step in ("clips", "geometry", "depth", "latents")):
+            result.not_annotated.append(video)
+        else:
+            ready[key] = video
+    reasons = {key: _reasons(pipeline, key) for key in ready}
+    usable = {key: clips for key in ready if (clips := _good_clips(pipeline, key, reasons[key]))}
+    if not usable:
+        listing = [f"  {video}: {reason}" for key, video in ready.items() for reason in reasons[key].values()]
+        raise MissingInput(
+            f"no annotated clip to pack from {pipeline.settings.videos} ({len(ready)} videos annotated, "
+            f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(listing)
+        )
+    splits = assign_splits([ready[key] for key in sorted(usable)], pipeline.settings.val_percent)
+    with ShardWriter(pipeline.store.dataset) as writer:
+        for key in progress(ready):
+            for name, reason in reasons[key].items():
+                result.quarantined[name] = reason
+                writer.quarantine(name, ready[key], reason)
+            if key in usable:
+                _pack_video(pipeline, key, usable[key], splits[ready[key]], writer, result)
+    result.bytes_written = writer.bytes_written
+    return result
+
+
+def _pack_video(pipeline: Pipeline, key: str, clips: list[Clip], split: str, writer: ShardWriter, result: PackResult) -> None:
+    _pack_texts(pipeline, key, writer)
+    source, prompt = _source(pipeline, key), pipeline.prompt_of(key)
+    for clip in clips:
+        if writer.keep(clip.clip_id, split, source, prompt):
+            result.kept += 1
+        else:
+            writer.add(_record(pipeline, key, clip), split, source)
+        result.clips += 1
+
+
+def _reasons(pipeline: Pipeline, key: str) -> dict[str, str]:
+    """Clip id, or the video's key for the whole of it -> why it is set aside."""
+    depth, latents = pipeline.marker("depth", key), pipeline.marker("latents", key)
+    if rejected := depth.rejected or latents.rejected:
+        return {key: rejected}
+    return {status.clip_id: status.quarantined for status in (*latents.clips, *depth.clips) if status.quarantined}
+
+
+def _good_clips(pipeline: Pipeline, key: str, reasons: dict[str, str]) -> list[Clip]:
+    if key in reasons:
+        return []
+    return [clip for clip in pipeline.clips_of(key, pipeline.marker("depth", key)) if clip.clip_id not in reasons]
+
+
+def _source(pipeline: Pipeline, key: str) -> str:
+    """Digest of all that the packed clips of a video are made from, but for the prompt, which is no part of them."""
+    parts = [CODE_VERSION, *(pipeline.marker(step, key).fingerprint for step in ("depth", "latents"))]
+    parts += [] if pipeline.pictures else [pipeline.encoder_ids["text"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _pack_texts(pipeline: Pipeline, key: str, writer: ShardWriter) -> None:
+    for prompt in pipeline.texts_of(key):
+        if not writer.keep_text(prompt, pipeline.encoder_ids["text"]):
+            writer.add_text(prompt, load_arrays(pipeline.text_file(prompt), EncodedText).text, pipeline.encoder_ids["text"])
+
+
+def _record(pipeline: Pipeline, key: str, clip: Clip) -> ClipRecord:
+    geometry, depth = pipeline.marker("geometry", key), pipeline.marker("depth", key)
+    measured = {status.clip_id: status.quality for status in depth.clips}
+    finished = load_arrays(pipeline.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
+    kind = PicturesClip if pipeline.pictures else EncodedClip
+    encoded = load_arrays(pipeline.store.folder("latents", key) / f"{clip.clip_id}.npz", kind)
+    names = ("depth", "confidence", "intrinsics", "w2c")
+    return ClipRecord(
+        clip_id=clip.clip_id,
+        video=clip.video,
+        fps=clip.fps,
+        scale=float(finished.scale),
+        prompt=pipeline.prompt_of(key),
+        arrays={name: getattr(finished, name) for name in names} | vars(encoded),
+        quality=measured[clip.clip_id],
+        versions={"geometry": geometry.made_by, "depth": depth.made_by} | ({} if pipeline.pictures else pipeline.encoder_ids),
+    )

@@ -1,0 +1,291 @@
+"""The steps from a video to what is packed, one method each, free of Dagster.
+
+    clips -> geometry -> depth -> pack (see `packing`)
+         \\-> latents ----------/
+
+A step does one video at a time, skips it when its result is already there and made from the same inputs, and either
+finishes it, sets the video or single clips aside with a reason (`RejectedVideo`, `RejectedClip`), or raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fw_model.config import Preset
+from fw_model.data.online import encode_video
+from fw_pipeline.annotate import clips as clip_io
+from fw_pipeline.annotate import quality
+from fw_pipeline.annotate.engines import depth_engine, geometry_engine, require_device
+from fw_pipeline.annotate.types import Clip, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.steps.prompts import PromptError, Prompts
+from fw_pipeline.steps.results import EncodedClip, EncodedText, PicturesClip, finish_clip
+from fw_pipeline.steps.settings import Settings
+from fw_pipeline.steps.store import (
+    ClipStatus,
+    Done,
+    StepName,
+    Store,
+    load_arrays,
+    save_arrays,
+    whole_file,
+    write_done,
+    write_json,
+)
+
+CODE_VERSION = 1  # raise when a step's results change for the same inputs
+
+
+class MissingInput(RuntimeError):
+    """A step was asked for before the one it needs; the message names the job to run."""
+
+
+class Pipeline:
+    """All steps under one configuration. Models are built on first use and kept for the following videos."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.preset: Preset = settings.load_preset()
+        self.store = Store(settings.data)
+        self.prompts = Prompts(settings.videos)
+        # The dataset holds pictures, no latents or embeddings: they are encoded while training.
+        self.pictures = self.preset.encode_online()
+        self.encoder_ids = self.preset.encoders.identities(self.preset.model.wan.text_len)
+        self._hashes: dict[str, str] = {}
+
+    @cached_property
+    def geometry_engine(self) -> GeometryEngine:
+        return geometry_engine(self.settings)
+
+    @cached_property
+    def depth_engine(self) -> DepthEngine:
+        return depth_engine(self.settings)
+
+    @cached_property
+    def encoders(self) -> Any:
+        from fw_model.model.encoders import Encoders
+
+        return Encoders.from_config(self.preset.encoders, self.preset.model.wan.text_len, self.settings.device)
+
+    @cached_property
+    def videos(self) -> dict[str, str]:
+        """Video key -> path relative to the videos folder, for every file that looks like a video (listed once)."""
+        folder = self.settings.videos
+        if not folder.is_dir():
+            raise MissingInput(f"no videos folder at {folder}; put videos there or set FW_VIDEOS to a folder that has some")
+        return {clip_io.video_key(path): path for path in clip_io.find_videos(folder)}
+
+    def require_videos(self) -> dict[str, str]:
+        """`videos`, or MissingInput when the folder has none."""
+        if not self.videos:
+            raise MissingInput(f"no videos in {self.settings.videos}; put some there or set FW_VIDEOS to a folder that has some")
+        return self.videos
+
+    # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def run(self, step: StepName, key: str) -> Done:
+        """Bring one step of one video up to date and return its marker.
+
+        Raises MissingInput when the step before it has not run. Any other exception is a fault of the step: nothing is
+        written and the old result, if any, stays.
+        """
+        wanted = self.fingerprint(step, key)
+        done = self.store.done(step, key)
+        if step == "latents":
+            self._embed_texts(key)
+        if done is not None and done.fingerprint == wanted:
+            return done
+        started = time.perf_counter()
+        work: Callable[[str, Path], Done] = {
+            "clips": self._clips,
+            "geometry": self._geometry,
+            "depth": self._depth,
+            "latents": self._latents,
+        }[step]
+        with self.store.writing(step, key) as folder:
+            done = work(key, folder).model_copy(update={"fingerprint": wanted, "seconds": time.perf_counter() - started})
+            write_done(folder, done)
+        return done
+
+    def is_stale(self, step: StepName, key: str) -> bool:
+        """True when the step's result is missing or was made from other inputs, settings or code."""
+        done = self.store.done(step, key)
+        try:
+            if done is None or done.fingerprint != self.fingerprint(step, key):
+                return True
+        except MissingInput:
+            return True
+        return step == "latents" and any(not self.text_file(prompt).is_file() for prompt in self.texts_of(key))
+
+    def fingerprint(self, step: StepName, key: str) -> str:
+        """Hash of everything the step's result depends on."""
+        if step == "clips":
+            parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json")]
+        elif step == "geometry":
+            parts = [self.marker("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
+        elif step == "depth":
+            parts = [self.marker("geometry", key).fingerprint, made_by(self.depth_engine)]
+        else:
+            ids = ["pictures"] if self.pictures else [self.encoder_ids[part] for part in ("vae", "image")]
+            parts = [self.marker("clips", key).fingerprint, *ids, self._prompt_fault(key)]
+        return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _clips(self, key: str, folder: Path) -> Done:
+        video = self.videos[key]
+        done = Done(video=video, fingerprint="", made_by=f"clips:{CODE_VERSION}")
+        try:
+            clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key)
+        except RejectedVideo as error:
+            return done.model_copy(update={"rejected": str(error)})
+        (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
+        return done.model_copy(update={"clips": [ClipStatus(clip_id=clip.clip_id) for clip in clips]})
+
+    def _geometry(self, key: str, folder: Path) -> Done:
+        engine = self.geometry_engine
+        require_device(self.settings.device)
+
+        def annotate(clip: Clip) -> dict[str, float]:
+            frames = self._frames(key, clip)
+            geometry = engine.estimate(frames)
+            numbers = quality.check_geometry(geometry)
+            save_arrays(folder / f"{clip.clip_id}.npz", geometry)
+            return numbers
+
+        return self._each_clip("clips", key, made_by(engine), annotate)
+
+    def _depth(self, key: str, folder: Path) -> Done:
+        engine = self.depth_engine
+        require_device(self.settings.device)
+        measured = {status.clip_id: status.quality for status in self.marker("geometry", key).clips}
+
+        def annotate(clip: Clip) -> dict[str, float]:
+            geometry = load_arrays(self.store.folder("geometry", key) / f"{clip.clip_id}.npz", ClipGeometry)
+            result = engine.estimate(self._frames(key, clip), geometry)
+            numbers = quality.check_depth(result, geometry)
+            finished = finish_clip(clip, geometry, result)
+            save_arrays(folder / f"{clip.clip_id}.npz", finished)
+            valid = float((finished.depth > 0).mean())
+            return measured[clip.clip_id] | numbers | {"valid_fraction": valid, "scale": float(finished.scale)}
+
+        return self._each_clip("geometry", key, made_by(engine), annotate)
+
+    def _latents(self, key: str, folder: Path) -> Done:
+        made_by = "pictures" if self.pictures else self.preset.encoders.weights.identity
+        if fault := self._prompt_fault(key):
+            return Done(video=self.marker("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
+
+        def encode(clip: Clip) -> dict[str, float]:
+            frames = clip_io.read_frames(self.video_path(key), clip, clip.height, clip.width)
+            if self.pictures:
+                pictures = PicturesClip(encode_video(frames, clip.fps))
+                save_arrays(folder / f"{clip.clip_id}.npz", pictures)
+                return {"video_bytes": float(pictures.video.nbytes)}
+            encoded = EncodedClip(self.encoders.encode_video(frames), self.encoders.encode_image(frames[0]))
+            save_arrays(folder / f"{clip.clip_id}.npz", encoded)
+            return {"latent_std": float(encoded.latents.astype(np.float32).std())}
+
+        return self._each_clip("clips", key, made_by, encode)
+
+    def _embed_texts(self, key: str) -> None:
+        """Embed the video's prompt and the empty one, unless that was done before, for this or any other video."""
+        for prompt in self.texts_of(key):
+            file = self.text_file(prompt)
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(file) as temporary:
+                    save_arrays(temporary, EncodedText(self.encoders.encode_text(prompt)))
+
+    def texts_of(self, key: str) -> list[str]:
+        """The prompts whose embeddings a video's clips need: its own and the empty one."""
+        return [] if self.pictures or self._prompt_fault(key) else sorted({"", self.prompt_of(key)})
+
+    def text_file(self, prompt: str) -> Path:
+        """Where a prompt's embedding lies."""
+        made_from = json.dumps([CODE_VERSION, self.encoder_ids["text"], prompt])
+        return self.store.text(hashlib.sha256(made_from.encode()).hexdigest()[:32])
+
+    def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
+        """Run `work` on every clip that the step before let through; a RejectedClip sets that clip aside, no other."""
+        before = self.marker(source, key)
+        done = Done(video=before.video, fingerprint="", made_by=made_by, rejected=before.rejected)
+        statuses = []
+        for clip in self.clips_of(key, before):
+            try:
+                statuses.append(ClipStatus(clip_id=clip.clip_id, quality=work(clip)))
+            except RejectedClip as error:
+                statuses.append(ClipStatus(clip_id=clip.clip_id, quarantined=str(error)))
+        statuses += [status for status in before.clips if status.quarantined]
+        return done.model_copy(update={"clips": statuses})
+
+    def misspelt_prompts(self) -> dict[str, str]:
+        """Videos that prompts.csv names and the folder lacks -> where. A file that cannot be read sets videos aside instead."""
+        try:
+            return self.prompts.unknown(set(self.videos.values()))
+        except PromptError:
+            return {}
+
+    # ---- reading what is there -------------------------------------------------------------------------------------
+
+    def clips_of(self, key: str, done: Done) -> list[Clip]:
+        """The clips of a video that `done`'s step did not set aside."""
+        path = self.store.folder("clips", key) / "clips.json"
+        if not path.is_file():
+            return []
+        aside = {status.clip_id for status in done.clips if status.quarantined}
+        clips = clip_io.clips_from_json(json.loads(path.read_text(encoding="utf-8")))
+        return [clip for clip in clips if clip.clip_id not in aside]
+
+    def marker(self, step: StepName, key: str) -> Done:
+        """The marker of a finished step of a video; MissingInput when it has not been made."""
+        done = self.store.done(step, key)
+        if done is None:
+            raise MissingInput(f"{key}: {step} has not been made yet. Run: python -m fw_pipeline.launch annotate_videos")
+        return done
+
+    def video_path(self, key: str) -> Path:
+        """The video's file. MissingInput when it is gone."""
+        if key not in self.videos:
+            raise MissingInput(f"{key}: its video is no longer in {self.settings.videos}; put it back or delete the partition")
+        return self.settings.videos / self.videos[key]
+
+    def _hash(self, key: str) -> str:
+        """xxh64 of the video file. It is read again only when its size or time of change is another than when it was read."""
+        if key not in self._hashes:
+            path, file = self.video_path(key), self.store.hash_of(key)
+            found = path.stat()
+            stamp = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if {name: known.get(name) for name in stamp} != stamp:
+                known = {**stamp, "xxh64": clip_io.file_xxh64(path)}
+                write_json(file, known)
+            self._hashes[key] = known["xxh64"]
+        return self._hashes[key]
+
+    def prompt_of(self, key: str) -> str:
+        """A video's prompt. Raises PromptError when it cannot be read."""
+        return self.prompts.of(self.videos[key])
+
+    def _prompt_fault(self, key: str) -> str:
+        """Why the video's prompt cannot be read; "" when it can."""
+        try:
+            self.prompt_of(key)
+        except PromptError as error:
+            return str(error)
+        return ""
+
+    def _frames(self, key: str, clip: Clip) -> np.ndarray:
+        """The clip's frames at the annotation size [T, h, w, 3] uint8."""
+        height, width = clip_io.annotation_size(clip, self.settings.annotation_long_side)
+        return clip_io.read_frames(self.video_path(key), clip, height, width)
+
+
+def made_by(engine: GeometryEngine | DepthEngine) -> str:
+    """Engine and version, as markers and the manifest name them."""
+    return f"{engine.name}:{engine.version}"

@@ -1,0 +1,42 @@
+"""A second look at what the steps have finished: against ground truth where there is one, and against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fw_pipeline.annotate import quality
+from fw_pipeline.annotate.truth import compare_with_truth
+from fw_pipeline.annotate.types import Clip, RejectedClip
+from fw_pipeline.steps.pipeline import Pipeline
+from fw_pipeline.steps.results import FinishedClip
+from fw_pipeline.steps.store import load_arrays
+
+
+def finished_clips(pipeline: Pipeline) -> Iterator[tuple[str, Clip, FinishedClip]]:
+    """(video key, clip, arrays) of every clip in the folder that came through the depth step."""
+    for key in pipeline.videos:
+        done = pipeline.store.done("depth", key)
+        for clip in pipeline.clips_of(key, done) if done is not None else []:
+            yield key, clip, load_arrays(pipeline.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
+
+
+def truth_errors(pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    """Clip id -> errors against ground truth, for the clips whose video has one."""
+    errors = {
+        clip.clip_id: compare_with_truth(pipeline.video_path(key), clip, finished.depth.astype(np.float32), finished.w2c)
+        for key, clip, finished in finished_clips(pipeline)
+    }
+    return {clip_id: numbers for clip_id, numbers in errors.items() if numbers is not None}
+
+
+def consistency_faults(pipeline: Pipeline) -> dict[str, str]:
+    """Clip id -> what is inconsistent, for the finished clips that are not."""
+    faults = {}
+    for _, clip, finished in finished_clips(pipeline):
+        try:
+            quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
+        except RejectedClip as error:
+            faults[clip.clip_id] = str(error)
+    return faults
