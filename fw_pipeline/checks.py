@@ -6,13 +6,13 @@ import dagster as dg
 
 from fw_model.config import Stage
 from fw_pipeline.resources import PipelineResource
-from fw_pipeline.steps.review import consistency_faults, truth_errors
 
 
 @dg.asset_check(asset="depth", description="Depth and cameras against exact ground truth, where a video has one (the demo's).")
 def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """The mean over clips meets every bar; the metadata names each clip."""
     from fw_pipeline.annotate.truth import Bars
+    from fw_pipeline.steps.review import truth_errors
 
     errors = truth_errors(pipeline.build())
     if not errors:
@@ -33,6 +33,8 @@ def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
 @dg.asset_check(asset="depth", description="World points of each frame land on their own pixels; one world, one scale.")
 def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """Reads every finished clip back from disk and checks it, whatever engine made it."""
+    from fw_pipeline.steps.review import consistency_faults
+
     faults = consistency_faults(pipeline.build())
     listing = "\n".join(f"- {name}: {reason}" for name, reason in faults.items()) or "none"
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md(listing)})

@@ -96,7 +96,7 @@ def test_two_packs_at_once_are_refused_with_the_owner(dataset: Path) -> None:
         with pytest.raises(PackInProgressError, match=rf"process {os.getpid()} is packing"), ShardWriter(dataset):
             pass
         in_another_process = run_python(
-            f"from fw_model.data.manifest import PackInProgressError\n"
+            f"from fw_model.errors import PackInProgressError\n"
             f"try:\n    pack({str(dataset)!r}, {{'x': 'train'}})\nexcept PackInProgressError:\n    sys.exit(7)"
         )
         assert in_another_process == 7

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from fw_pipeline.annotate.truth import ground_truth_for_clip, ground_truth_path, load_ground_truth
 from fw_pipeline.annotate.types import Clip
 from fw_pipeline.demo import render as demo
 from fw_pipeline.demo.scenes import SCENES, SHOTS, VideoPlan
@@ -48,7 +49,7 @@ def test_every_pixel_lies_on_a_surface_of_the_scene() -> None:
 
 
 def test_depth_and_poses_carry_one_frame_onto_another(rendered) -> None:
-    truth = demo.load_ground_truth(rendered)
+    truth = load_ground_truth(rendered)
     with av.open(str(rendered)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     i, j = 0, 3
@@ -66,7 +67,7 @@ def test_depth_and_poses_carry_one_frame_onto_another(rendered) -> None:
 
 
 def test_the_video_has_a_frame_at_every_time_of_the_truth(rendered) -> None:
-    truth = demo.load_ground_truth(rendered)
+    truth = load_ground_truth(rendered)
     with av.open(str(rendered)) as container:
         times = [frame.time for frame in container.decode(video=0)]
     np.testing.assert_allclose(times, truth.timestamps, atol=1e-9)
@@ -80,7 +81,7 @@ def test_rendering_again_gives_the_same_pixels() -> None:
 
 
 def test_whole_videos_are_left_as_they_are_and_lost_ones_come_back(rendered) -> None:
-    truth = demo.ground_truth_path(rendered)
+    truth = ground_truth_path(rendered)
     before = (rendered.stat().st_mtime_ns, truth.stat().st_mtime_ns)
     assert demo.render_demo(rendered.parent, (PLAN,)) == [rendered]
     assert (rendered.stat().st_mtime_ns, truth.stat().st_mtime_ns) == before
@@ -92,9 +93,9 @@ def test_whole_videos_are_left_as_they_are_and_lost_ones_come_back(rendered) -> 
 
 
 def test_a_clips_truth_starts_at_its_first_camera(rendered) -> None:
-    truth = demo.load_ground_truth(rendered)
+    truth = load_ground_truth(rendered)
     picked = [2, 4, 6]
-    depth, intrinsics, w2c = demo.ground_truth_for_clip(truth, make_clip(truth.timestamps[picked] + 0.4 / demo.FPS))
+    depth, intrinsics, w2c = ground_truth_for_clip(truth, make_clip(truth.timestamps[picked] + 0.4 / demo.FPS))
     np.testing.assert_allclose(w2c[0], np.eye(4)[:3], atol=1e-12)
     np.testing.assert_array_equal(depth, truth.depth[picked])
     assert intrinsics.shape == (3, 3, 3)
@@ -104,16 +105,16 @@ def test_a_clips_truth_starts_at_its_first_camera(rendered) -> None:
 
 
 def test_a_clip_of_another_video_is_refused(rendered) -> None:
-    truth = demo.load_ground_truth(rendered)
+    truth = load_ground_truth(rendered)
     with pytest.raises(ValueError, match="no ground truth within half a frame of 9"):
-        demo.ground_truth_for_clip(truth, make_clip([0.0, 9.0]))
+        ground_truth_for_clip(truth, make_clip([0.0, 9.0]))
 
 
 def test_videos_without_truth_have_none_and_broken_truth_is_named(tmp_path) -> None:
-    assert demo.load_ground_truth(tmp_path / "mine.mp4") is None
+    assert load_ground_truth(tmp_path / "mine.mp4") is None
     np.savez(tmp_path / "mine.gt.npz", depth=np.zeros(3))
     with pytest.raises(ValueError, match=r"mine\.gt\.npz.*lacks intrinsics"):
-        demo.load_ground_truth(tmp_path / "mine.mp4")
+        load_ground_truth(tmp_path / "mine.mp4")
 
 
 def test_the_demo_is_enough_for_a_split_by_video() -> None:

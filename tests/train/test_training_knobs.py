@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from fw_model.config import ConfigError, StageConfig, WeightsConfig, load_preset
+from fw_model.data import opening
 from fw_model.data.dataset import ClipDataset
 from fw_model.errors import DatasetError, TrainingError
 from fw_model.model.fantasy_world import FantasyWorld
@@ -295,7 +296,7 @@ def test_latents_of_another_vae_are_refused(dataset: Path, tmp_path: Path, monke
     row = ClipDataset(dataset, "train", 32).rows[0]
     wrong = replace(row, arrays={**row.arrays, "latents": ("float16", (4, 2, 4, 6))})
     with pytest.raises(TrainingError, match=r"has latents \[4, 2, 4, 6\], Wan's VAE gives \[16, 2, (4, 6|6, 4)\]"):
-        training_run._check_size(dataset, wrong, small_preset().clip, 16)
+        opening._check_latents(dataset, wrong, small_preset().clip, 16)
 
 
 def test_dataset_without_training_clips_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
