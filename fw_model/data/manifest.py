@@ -20,9 +20,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from fw_model.data.remote import RemoteFolder, is_remote
-from fw_model.data.schema import FORMAT_VERSION
 from fw_model.errors import DatasetError, MissingDatasetError
 
+FORMAT_VERSION = 2
 MANIFEST = "manifest.parquet"
 TEXTS = "texts.parquet"  # the manifest of the prompts: a row per distinct prompt, with the columns of a clip's row
 SPLITS = ("train", "val")

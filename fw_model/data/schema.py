@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-FORMAT_VERSION = 2
 POSE_TOLERANCE = 1e-4  # float32 poses of a long chain of products stay well below it
 
 # Arrays of a clip row: name -> (dtype as stored, shape in symbols). F = 1 + (T - 1) / 4.

@@ -16,28 +16,22 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fw_model.config import ConfigError, Preset, Stage, parse_preset
+from fw_model.config import Preset, Stage
 from fw_model.train.ema import MovingAverage
+from fw_model.train.identity import FORMAT, FORMAT_VERSION, CheckpointError, CheckpointMetadata, flat, read_metadata
 from fw_model.train.optimizers import put_moments_back
 from fw_model.train.sharding import laid_out_as
 
-FORMAT = "fantasyworld-checkpoint"
-FORMAT_VERSION = 1
-
 _STEP_FILE = re.compile(r"step-(\d+)(\.ema)?\.safetensors")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or state that is missing, damaged, or made for something else; the message names the file and the remedy."""
 
 
 class StagedModel(Protocol):
@@ -46,25 +40,6 @@ class StagedModel(Protocol):
     def set_stage(self, stage: Stage, train_geometry: bool = True) -> object: ...
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]: ...
-
-
-@dataclass(frozen=True)
-class CheckpointMetadata:
-    """The header of a checkpoint."""
-
-    stage: Stage
-    step: int
-    preset: Preset  # the whole of it, so that the file alone is enough to rebuild the model
-    base: str  # identity of the frozen base the weights belong to
-    dataset_digest: str
-    config_digest: str  # of everything that decides the weights; see `fw_model.train.run_folder.RunIdentity`
-    base_hash: str = ""  # of the base's weights; "" in files of before it was stored
-    weights: Literal["trained", "ema"] = "trained"  # as the last step left them, or their moving average
-
-    @property
-    def identity(self) -> str:
-        """Names these weights in what is derived from them."""
-        return f"{self.stage}:{self.config_digest}:{self.dataset_digest}:{self.step}{':ema' * (self.weights == 'ema')}"
 
 
 def checkpoint_parameters(model: StagedModel, stage: Stage) -> dict[str, torch.nn.Parameter]:
@@ -88,48 +63,13 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: C
         temporary.unlink(missing_ok=True)
 
 
-def read_metadata(path: Path) -> CheckpointMetadata:
-    """Read a checkpoint's header without its tensors; a file shorter than its header promises is noticed here.
-
-    Raises CheckpointError: no such file, truncated, not one of ours, or of a newer format.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or truncated ({error}); delete it and train again from the last state") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file, but not a {FORMAT} (format is {header.get('format')!r})")
-    if int(header["format_version"]) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {header['format_version']}, this code reads up to {FORMAT_VERSION}; update the code"
-        )
-    try:
-        preset = parse_preset(json.loads(header["preset"]), where=str(path))
-    except ConfigError as error:
-        raise CheckpointError(f"{error}\nThe file was made by another version of this code") from error
-    stage: Stage = "stage2" if header["stage"] == "stage2" else "stage1"
-    return CheckpointMetadata(
-        stage=stage,
-        step=int(header["step"]),
-        preset=preset,
-        base=header["base"],
-        dataset_digest=header["dataset_digest"],
-        config_digest=header["config_digest"],
-        base_hash=header.get("base_hash", ""),
-        weights="ema" if header.get("weights") == "ema" else "trained",
-    )
-
-
 def check_usable(path: Path, metadata: CheckpointMetadata, expected_stage: Stage, preset: Preset) -> None:
     """Raise CheckpointError unless the checkpoint is of this stage, this base and this model shape; both sides are named."""
     if metadata.stage != expected_stage:
         raise CheckpointError(f"{path}: a {metadata.stage} checkpoint, a {expected_stage} checkpoint is needed")
     if metadata.base != preset.base.identity:
         raise CheckpointError(f"{path}: trained on base {metadata.base!r}, this run uses base {preset.base.identity!r}")
-    theirs, ours = _flat(metadata.preset.model.model_dump()), _flat(preset.model.model_dump())
+    theirs, ours = flat(metadata.preset.model.model_dump()), flat(preset.model.model_dump())
     if differing := [f"model.{k}: checkpoint {theirs[k]}, this run {ours[k]}" for k in ours if theirs[k] != ours[k]]:
         raise CheckpointError(f"{path}: made for another model\n  " + "\n  ".join(differing))
 
@@ -318,13 +258,6 @@ def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-").partition(".")[0])
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _fsync(path: Path) -> None:

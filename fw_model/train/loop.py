@@ -28,6 +28,7 @@ from fw_model.data.schema import Batch
 from fw_model.errors import TrainingError
 from fw_model.train.checkpoints import CheckpointMetadata, prune_checkpoints, save_checkpoint, save_state
 from fw_model.train.guards import pass_over, report_spike
+from fw_model.train.identity import run_identity
 from fw_model.train.metrics_log import OnMetrics, in_words
 from fw_model.train.objective import LOSS_NAMES, autocast, compute_losses, drop_text, predict, training_draws
 from fw_model.train.optimizers import learning_rate, moments
@@ -38,7 +39,6 @@ from fw_model.train.run_folder import (
     finished,
     locked,
     read_result,
-    run_identity,
     write_result,
 )
 from fw_model.train.sharding import whole_on_main

@@ -29,11 +29,12 @@ from fw_model.train.checkpoints import (
     remove_leftovers,
 )
 from fw_model.train.ema import MovingAverage
+from fw_model.train.identity import RunIdentity
 from fw_model.train.loading import Batches
 from fw_model.train.metrics_log import MetricsLog, OnMetrics, RunningMean
 from fw_model.train.objective import base_dtype
 from fw_model.train.optimizers import check_optimizer, make_optimizer
-from fw_model.train.run_folder import RunIdentity, base_hash, check_base_hash, check_claim, claim
+from fw_model.train.run_folder import base_hash, check_base_hash, check_claim, claim
 from fw_model.train.sharding import data_mesh, shard
 
 log = logging.getLogger(__name__)

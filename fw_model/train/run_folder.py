@@ -10,7 +10,6 @@ result.json             written last: the run is complete
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -19,44 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import xxhash
 
 from fw_model.config import Preset, Stage, WeightsConfig
 from fw_model.errors import TRAIN_STAGE1, TrainingError
-from fw_model.train.checkpoints import (
-    CheckpointError,
-    CheckpointMetadata,
-    check_usable,
-    latest_checkpoint,
-    latest_state,
-    read_metadata,
-    write_json,
-)
+from fw_model.train.checkpoints import check_usable, latest_checkpoint, latest_state, write_json
+from fw_model.train.identity import CheckpointError, CheckpointMetadata, RunIdentity, flat, read_metadata
 
 log = logging.getLogger(__name__)
 
-# Knobs that change what is watched, stored or how fast it goes, never what is learnt: a run may go on with other values.
-OPERATIONAL = {
-    "batch_per_device",
-    "save_every",
-    "keep_checkpoints",
-    "state_every",
-    "keep_states",
-    "validate_every",
-    "log_every",
-    "workers",
-    "max_skipped",
-    "trackers",
-    "gradient_checkpointing",
-    "offload_optimizer",
-    "compile",
-    "sharding",
-    "spike_factor",
-    "stall_seconds",
-    "collective_timeout",
-}
 _BLOCK = 2**24  # bytes read at a time
 
 
@@ -72,41 +44,6 @@ class TrainResult:
     seconds: float  # of training and validation, earlier parts of an interrupted run included
     config_digest: str
     dataset_digest: str
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What decides a run's weights, as flat keys; two runs with the same identity are one run."""
-
-    stage: Stage
-    config: dict[str, Any]
-    dataset_digest: str
-
-    @property
-    def config_digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: CheckpointMetadata | None = None) -> RunIdentity:
-    """The identity of a run.
-
-    Args:
-        preset: the base, the model and the stage's section count, knobs in `OPERATIONAL` do not. With `encode_online` the
-            encoders and the clips' length do, too: then the dataset does not say what they are.
-        stage: "stage1" or "stage2".
-        dataset_digest: of the manifest.
-        stage1: header of the checkpoint that stage 2 starts from.
-    """
-    sections = {
-        "base": preset.base.identity,
-        "model": preset.model.model_dump(mode="json"),
-        stage: preset.stage(stage).model_dump(mode="json", exclude=OPERATIONAL),
-        "stage1_checkpoint": stage1.identity if stage1 else None,
-    }
-    if preset.stage(stage).encode_online:
-        identities = preset.encoders.identities(preset.model.wan.text_len)
-        sections |= {"encoders": identities, "clip": {"frames": preset.clip.frames}}
-    return RunIdentity(stage, _flat(sections), dataset_digest)
 
 
 def base_hash(base: WeightsConfig, contents: bool = True) -> str:
@@ -183,7 +120,7 @@ def check_claim(output: Path, identity: RunIdentity) -> None:
         if latest_state(output / "state") or (output / "result.json").exists():
             raise TrainingError(f"{output} has training results but no run.json that says whose; give another --output")
         return
-    theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(asdict(identity))
+    theirs, ours = flat(json.loads(path.read_text(encoding="utf-8"))), flat(asdict(identity))
     differing = [
         f"{k.removeprefix('config.')}: the folder has {theirs.get(k)}, this run {ours.get(k)}"
         for k in sorted({*theirs, *ours})
@@ -252,10 +189,3 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

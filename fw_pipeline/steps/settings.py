@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from fw_model.config import Config, ConfigError, Preset, load_preset
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 class Settings(Config):

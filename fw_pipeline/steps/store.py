@@ -7,7 +7,7 @@
     latents/<video_key>/      <clip_id>.npz (with encode_online: its pictures)
     texts/<digest>.npz        embedding of a prompt by a text encoder, for all videos that share it
     dataset/                  manifest.parquet and shards
-    outputs/fantasy_world_<stage>/<digest>/    step-N.safetensors, metrics.jsonl, result.json
+    outputs/fantasy_world_<stage>/<id>/    (`RunIdentity.name`) step-N.safetensors, metrics.jsonl, result.json
     reports/<stage>.html
 
 A folder per video is written under a temporary name and renamed when whole; `done.json` inside says what it was made

@@ -1,6 +1,5 @@
 """What a training run needs before it starts: dataset, stage 1 checkpoint, output folder, command. Free of Dagster."""
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -10,8 +9,12 @@ from typing import Any
 import yaml
 
 from fw_model.config import Preset, Stage
+from fw_model.errors import TRAIN_STAGE1, DatasetError
+from fw_model.train.identity import CheckpointError, RunIdentity, read_metadata, run_identity
 from fw_pipeline.steps.settings import Settings
 from fw_pipeline.steps.store import Store
+
+_TRAIN_STAGE1 = f"Run: {TRAIN_STAGE1}"
 
 
 class MissingPrerequisite(RuntimeError):
@@ -20,7 +23,7 @@ class MissingPrerequisite(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """One training run. The output folder follows from configuration and dataset, so a retry finds its own state there."""
+    """One training run. The output folder is named from its identity, so a retry finds its own state there."""
 
     stage: Stage
     preset: Preset
@@ -77,19 +80,21 @@ def plan_training(settings: Settings, stage: Stage) -> TrainingPlan:
     Raises MissingPrerequisite when the dataset or, for stage 2, a finished stage 1 is missing.
     """
     from fw_model.data.manifest import dataset_digest
-    from fw_model.errors import DatasetError
 
     store, preset = Store(settings.data), settings.load_preset()
     try:
         dataset_id = dataset_digest(store.dataset)
     except DatasetError as error:
         raise MissingPrerequisite(f"{stage} needs the packed dataset: {error}") from error
-    stage1_checkpoint = _stage1_checkpoint(settings, preset, dataset_id) if stage == "stage2" else None
-    name = f"{_config_id(preset, stage)}-{dataset_id[:8]}"
-    if stage1_checkpoint is not None and stage1_checkpoint.parent.name.partition("-")[2] != dataset_id[:8]:
-        name += f"-from-{stage1_checkpoint.parent.name.partition('-')[2]}"
-    output = store.outputs(stage) / name
-    return TrainingPlan(stage, preset, store.dataset, output, stage1_checkpoint, settings.device, settings.processes)
+    identity, checkpoint = run_identity(preset, "stage1", dataset_id), None
+    if stage == "stage2":
+        checkpoint = _stage1_checkpoint(store.outputs("stage1"), identity)
+        try:
+            identity = run_identity(preset, stage, dataset_id, read_metadata(checkpoint))
+        except CheckpointError as error:
+            raise MissingPrerequisite(f"{stage} starts from a stage 1 checkpoint: {error}\n{_TRAIN_STAGE1}") from error
+    output = store.outputs(stage) / identity.name
+    return TrainingPlan(stage, preset, store.dataset, output, checkpoint, settings.device, settings.processes)
 
 
 def read_result(output: Path) -> dict[str, Any] | None:
@@ -97,39 +102,22 @@ def read_result(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _config_id(preset: Preset, stage: Stage) -> str:
-    """Hash of all that decides a stage's weights; knobs that do not (see OPERATIONAL) may change between retries.
-
-    Stage 2 starts from stage 1, so stage 1's knobs decide its weights too.
-    """
-    from fw_model.train.run_folder import OPERATIONAL
-
-    stages: tuple[Stage, ...] = ("stage1",) if stage == "stage1" else ("stage1", "stage2")
-    knobs = [preset.stage(name).model_dump(mode="json", exclude=OPERATIONAL) for name in stages]
-    everything = [preset.digest("base", "model", "encoders", "clip"), *knobs]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _stage1_checkpoint(settings: Settings, preset: Preset, dataset_id: str) -> Path:
-    """The checkpoint of the finished stage 1 of this configuration: of this dataset, else of the newest other one.
+def _stage1_checkpoint(runs: Path, identity: RunIdentity) -> Path:
+    """The checkpoint that the finished stage 1 of this configuration names: of this dataset, else of the newest other one.
 
     A dataset that has grown since does not make a stage 1 of days worthless; a changed configuration does.
     """
-    runs = Store(settings.data).outputs("stage1")
-    config_id = _config_id(preset, "stage1")
-    found = {path.parent: read_result(path.parent) for path in runs.glob(f"{config_id}-*/result.json")}
+    same_configuration = f"{identity.config_digest}-*"
+    found = {
+        path.parent: result for path in runs.glob(f"{same_configuration}/result.json") if (result := read_result(path.parent))
+    }
     if not found:
-        started = [path.name for path in runs.glob(f"{config_id}-*")]
+        started = [path.name for path in runs.glob(same_configuration)]
         state = f"a run was started but has not finished ({', '.join(started)})" if started else "no such run was started"
         raise MissingPrerequisite(
-            f"stage 2 needs a finished stage 1 of the same configuration ({config_id}) under {runs}: {state}.\n"
-            f"Run: dagster job execute -j stage1_training"
+            f"stage 2 needs a finished stage 1 of the same configuration as {runs / identity.name}: {state}.\n{_TRAIN_STAGE1}"
         )
-    same = [run for run in found if run.name.endswith(f"-{dataset_id[:8]}")]
-    run = same[0] if same else max(found, key=lambda run: (run / "result.json").stat().st_mtime)
-    checkpoint = run / str((found[run] or {}).get("checkpoint", ""))
-    if not checkpoint.is_file():
-        raise MissingPrerequisite(
-            f"{run / 'result.json'} names {checkpoint.name!r}, which is gone.\nRun: dagster job execute -j stage1_training"
-        )
-    return checkpoint
+    run = runs / identity.name
+    if run not in found:
+        run = max(found, key=lambda run: (run / "result.json").stat().st_mtime)
+    return run / str(found[run]["checkpoint"])

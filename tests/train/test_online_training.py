@@ -18,7 +18,7 @@ from fw_model.errors import DatasetError, TrainingError
 from fw_model.train import loop as train
 from fw_model.train import run as training_run
 from fw_model.train.checkpoints import read_metadata
-from fw_model.train.run_folder import run_identity
+from fw_model.train.identity import run_identity
 from tests.helpers.made_scenes import made_scene, pack_scenes
 from tests.helpers.training import no_model, numbers, small_preset, stop_at
 

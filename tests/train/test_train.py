@@ -20,8 +20,9 @@ from fw_model.train import loop as train
 from fw_model.train import objective, optimizers
 from fw_model.train import run as training_run
 from fw_model.train.checkpoints import latest_state, read_metadata
+from fw_model.train.identity import run_identity
 from fw_model.train.metrics_log import MetricsLog, RunningMean, read_metrics
-from fw_model.train.run_folder import locked, run_identity
+from fw_model.train.run_folder import locked
 from tests.helpers.made_scenes import pack_scenes
 from tests.helpers.training import FAST, SMALL, no_model, numbers, small_preset, stop_at
 
