@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,3 +159,12 @@ def test_notice_names_the_licence_of_every_weight_the_readme_does() -> None:
     for weights, licence in rows:
         for name in weights.split("; "):
             assert re.search(rf"^  {re.escape(name)} +{re.escape(licence)}$", notice, flags=re.MULTILINE), name
+
+
+def test_the_models_example_runs_and_gives_the_shapes_it_says() -> None:
+    page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+    (example,) = [block for language, block in FENCE.findall(page) if language == "python"]
+    *lines, values, said = example.strip().splitlines()
+    code = "\n".join([*lines, f"print(', '.join(str(list(shape)) for shape in ({values})))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == said.removeprefix("# "), done.stderr
