@@ -1,11 +1,13 @@
 # make demo | test | setup | dev | bench | full-size | overfit | lint      (VIDEOS=folder points the demo at one's own videos)
+# What each is for: CONTRIBUTING.md
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FRESH := .venv.constraints
 ENV := . ./env.sh &&
 
-.PHONY: demo test setup dev bench full-size overfit lint format free-slots clean
+.PHONY: demo test setup dev bench full-size overfit lint format constraints free-slots clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +34,17 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Newest versions in pyproject.toml's ranges, from a fresh venv, into constraints.txt. What stands above its line "# Below" stays.
+# A build's own suffix (2.13.0+cpu) and CUDA's wheels are left out, so that the list fits every machine.
+constraints:
+	rm -rf $(FRESH) && $(PYTHON) -m venv $(FRESH)
+	sed '/^# Below/q' constraints.txt > $(FRESH)/kept.txt
+	$(FRESH)/bin/pip install -q -c $(FRESH)/kept.txt -e '.[dev,gpu,remote]'
+	$(FRESH)/bin/pip freeze --exclude-editable > $(FRESH)/found.txt
+	sed -E 's/\+[a-z0-9.]+$$//; /^(nvidia-|cuda-|triton)/d' $(FRESH)/found.txt | grep -vxFf $(FRESH)/kept.txt > $(FRESH)/new.txt
+	cat $(FRESH)/kept.txt $(FRESH)/new.txt > constraints.txt
+	rm -rf $(FRESH)
 
 # The tiny preset learns one rendered clip by heart: proof that losses, targets and heads work here. A minute or two.
 overfit: setup
