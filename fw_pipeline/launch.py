@@ -32,12 +32,12 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
         MissingInput: there are no videos.
     """
     from fw_pipeline.definitions import defs
-    from fw_pipeline.resources import PipelineResource
+    from fw_pipeline.resources import PIPELINE
 
-    job = defs.resolve_job_def(job_name)
+    job, pipeline = defs.resolve_job_def(job_name), PIPELINE.build()  # built first: settings are refused before the run starts
     tags = {}
     if job.partitions_def is not None:
-        tags = register(instance, sorted(PipelineResource().build().require_videos()))
+        tags = register(instance, sorted(pipeline.require_videos()))
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []

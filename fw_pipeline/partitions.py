@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import dagster as dg
-from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
 video_partitions = dg.DynamicPartitionsDefinition(name="video")
-
+# Dagster's names of them are private; a test holds these to its values.
+RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 LAUNCH = "python -m fw_pipeline.launch"
 
@@ -20,7 +20,7 @@ def range_tags(known: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
         raise ValueError("no videos to launch a run for")
     order = [*known, *sorted(set(keys) - set(known))]
     places = sorted(order.index(key) for key in keys)
-    return {ASSET_PARTITION_RANGE_START_TAG: order[places[0]], ASSET_PARTITION_RANGE_END_TAG: order[places[-1]]}
+    return {RANGE_START: order[places[0]], RANGE_END: order[places[-1]]}
 
 
 def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str]:

@@ -1,10 +1,13 @@
 """Dagster resources: the pipeline under one configuration, and the client that runs training in its own processes."""
 
-from typing import TYPE_CHECKING
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import dagster as dg
+from pydantic import Field, create_model
 
-from fw_pipeline.steps.settings import Settings, settings_from_env
+from fw_pipeline.steps.settings import Settings, names, settings_from_env
 
 if TYPE_CHECKING:
     from fw_pipeline.steps.pipeline import Pipeline
@@ -13,33 +16,39 @@ if TYPE_CHECKING:
 TERMINATION_TIMEOUT_SECONDS = 600
 
 
-class PipelineResource(dg.ConfigurableResource):
-    """What `fw_pipeline.steps.settings` says, each field open to run config; None keeps the profile's and environment's value."""
+def launchpad_type(name: str, kind: Any) -> Any:
+    """The type of a setting as Dagster's config system knows it: choices as an enum, folders as text, tuples as lists."""
+    if get_origin(kind) is Literal:
+        return Enum(f"pipeline_{name}", {value: value for value in get_args(kind)})
+    if type(None) in get_args(kind):
+        (kind,) = set(get_args(kind)) - {type(None)}
+    return {Path: str, tuple[str, ...]: list[str]}.get(kind, kind)
 
-    data: str | None = None
-    videos: str | None = None
-    preset: str | None = None
-    overrides: list[str] | None = None
-    annotation_long_side: int | None = None
-    geometry: str | None = None
-    depth: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    dust3r_model: str | None = None
-    dust3r_revision: str | None = None
-    dust3r_window: int | None = None
-    dust3r_keyframe_every: int | None = None
-    dust3r_batch: int | None = None
-    depth_model: str | None = None
-    depth_revision: str | None = None
-    depth_batch: int | None = None
-    processes: int | None = None
-    val_percent: float | None = None
+
+def launchpad_fields() -> dict[str, Any]:
+    """A field of run config for each name of the settings; unset, the profile's and the environment's value stays."""
+    return {
+        name: (launchpad_type(name, info.annotation) | None, Field(None, description=info.description))
+        for name, info in names().items()
+    }
+
+
+if TYPE_CHECKING:
+    FromSettings = dg.ConfigurableResource
+else:
+    FromSettings = create_model("FromSettings", __base__=dg.ConfigurableResource, **launchpad_fields())
+
+
+class PipelineResource(FromSettings):
+    """What `fw_pipeline.steps.settings` declares, each setting open to run config; unset: of profile and variables."""
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Raise ConfigError for a value that does not fit before any step runs; Dagster itself knows types and choices only."""
+        self.settings().load_preset()
 
     def settings(self) -> Settings:
-        return settings_from_env(
-            **{name: getattr(self, name) for name in type(self).model_fields if name in Settings.model_fields}
-        )
+        given = {name: getattr(self, name) for name in names()}
+        return settings_from_env(**{name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
 
     def build(self) -> "Pipeline":
         # Imported here: every step is a new process, and most never touch torch or COLMAP.
@@ -48,7 +57,8 @@ class PipelineResource(dg.ConfigurableResource):
         return Pipeline(self.settings())
 
 
+PIPELINE = PipelineResource()  # what runs, sensor, schedule and launcher are given
 RESOURCES = {
-    "pipeline": PipelineResource(),
+    "pipeline": PIPELINE,
     "pipes": dg.PipesSubprocessClient(termination_timeout_seconds=TERMINATION_TIMEOUT_SECONDS),
 }

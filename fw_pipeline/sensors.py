@@ -6,13 +6,13 @@ import dagster as dg
 
 from fw_pipeline.jobs import annotate_videos
 from fw_pipeline.partitions import range_tags, video_partitions
-from fw_pipeline.steps.settings import settings_from_env
+from fw_pipeline.resources import PipelineResource
 
 INTERVAL_SECONDS = 60
 
 
 @dg.sensor(job=annotate_videos, minimum_interval_seconds=INTERVAL_SECONDS)
-def new_videos(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+def new_videos(context: dg.SensorEvaluationContext, pipeline: PipelineResource) -> dg.SensorResult | dg.SkipReason:
     """Annotate videos that are new or replaced and whose size and date are the same as a tick ago.
 
     The cursor holds what was seen at the last tick and what has been launched. One run takes all of a tick's videos; it
@@ -20,7 +20,7 @@ def new_videos(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.Skip
     """
     from fw_pipeline.annotate.clips import find_videos, video_key
 
-    folder = settings_from_env().videos
+    folder = pipeline.settings().videos
     if not folder.is_dir():
         return dg.SkipReason(f"no videos folder at {folder}")
     state = json.loads(context.cursor) if context.cursor else {"seen": {}, "launched": {}}

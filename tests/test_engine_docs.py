@@ -21,14 +21,13 @@ from pathlib import Path
 import fw_pipeline.annotate
 fw_pipeline.annotate.__path__.append(str(Path(__file__).parent / "fw_pipeline" / "annotate"))
 """
-# What engines.py has above its settings models.
+# The page's settings stand below those of engines.py.
 ENGINES_HEAD = """
-from __future__ import annotations
-from typing import ClassVar, Literal
-from pydantic import Field
+from typing import Annotated, ClassVar, Literal
+from pydantic import Field, TypeAdapter
 from fw_model.config import Config
+from fw_pipeline.annotate.engines import Dtype, GeometrySettings
 from fw_pipeline.annotate.types import GeometryEngine
-Dtype = Literal["float32", "bfloat16"]
 """
 SETTINGS_TEST = """
 
@@ -36,6 +35,8 @@ def test_every_setting_reaches_the_engine():
     engine = SliderSettings(travel=0.8, fov=50, near=1, far=9).build("cuda", "float32")
     assert (engine.travel, engine.fov, engine.near, engine.far, engine.device) == (0.8, 50, 1, 9, "cuda")
     assert (engine.name, SliderSettings.prefix) == (SliderSettings().engine, SliderSettings().engine)
+    chosen = TypeAdapter(Annotated[GeometrySettings | SliderSettings, Field(discriminator="engine")])
+    assert chosen.validate_python({"engine": "slider", "travel": 0.5}) == SliderSettings(travel=0.5)
 """
 
 

@@ -113,7 +113,8 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
         raise RejectedVideo(f"{video.name}: {_why_none(found, clip)}")
     if len(picked) > clip.max_clips_per_video:
         logger.warning(
-            "%s: %d clips, the first %d are kept (max_clips_per_video)", relative, len(picked), clip.max_clips_per_video
+            "%s: %d clips, the first %d are kept; to keep all, set clip.max_clips_per_video=%d",
+            *(relative, len(picked), clip.max_clips_per_video, len(picked)),
         )
     digest = file_xxh64(video)
     return [

@@ -1,4 +1,7 @@
-"""Which annotators a run uses: the one place where settings become engines.
+"""The annotators one can choose, and what each can be told: the one place where settings become engines.
+
+An engine's settings are a model of its own that builds it. A new engine is such a model in `GeometrySettings` or
+`DepthSettings`; run config, variables and the launchpad's descriptions follow from its fields.
 
 Models are imported here only when they are chosen, and weights are read when the first clip needs them: what is up to date
 can be found out without either.
@@ -6,44 +9,93 @@ can be found out without either.
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fw_model.config import Config
 from fw_pipeline.annotate.types import DepthEngine, EngineError, GeometryEngine
-from fw_pipeline.steps.settings import Settings
+
+Dtype = Literal["float32", "bfloat16"]
 
 
-def geometry_engine(settings: Settings) -> GeometryEngine:
-    """The engine `settings.geometry` names, with its settings."""
-    if settings.geometry == "colmap":
+class ColmapSettings(Config):
+    """Structure from motion on the CPU (pycolmap), then plane-sweep stereo; needs no weights."""
+
+    prefix: ClassVar[str] = "colmap"
+    engine: Literal["colmap"] = "colmap"
+
+    def build(self, device: str, dtype: Dtype) -> GeometryEngine:
         from fw_pipeline.annotate.colmap.engine import ColmapEngine
 
-        return ColmapEngine(device=settings.device)
-    import torch
+        return ColmapEngine(device=device)
 
-    from fw_pipeline.annotate.dust3r import Dust3rEngine
 
-    return Dust3rEngine.from_pretrained(
-        settings.dust3r_model,
-        revision=settings.dust3r_revision,
-        device=settings.device,
-        dtype=getattr(torch, settings.dtype),
-        window=settings.dust3r_window,
-        keyframe_every=settings.dust3r_keyframe_every,
-        batch=settings.dust3r_batch,
+class Dust3rSettings(Config):
+    """Pointmaps of pairs of frames by DUSt3R, global alignment of keyframes, PnP for every other frame."""
+
+    prefix: ClassVar[str] = "dust3r"
+    engine: Literal["dust3r"] = "dust3r"
+    model: str = Field(
+        "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt",
+        description="repository of the hub, a folder with config.json and model.safetensors, or an original .pth file",
     )
+    revision: str = Field("main", description="branch, tag or commit of the repository; a commit makes a dataset reproducible")
+    window: int = Field(
+        2, ge=1, description="a keyframe is paired with this many following ones, and with ever rarer farther ones"
+    )
+    keyframe_every: int = Field(8, ge=1, description="frames between keyframes, at most")
+    batch: int = Field(8, ge=1, description="images or pairs in one pass; lower it when the GPU's memory runs out")
+
+    def build(self, device: str, dtype: Dtype) -> GeometryEngine:
+        import torch
+
+        from fw_pipeline.annotate.dust3r import Dust3rEngine
+
+        return Dust3rEngine.from_pretrained(
+            self.model,
+            revision=self.revision,
+            device=device,
+            dtype=getattr(torch, dtype),
+            window=self.window,
+            keyframe_every=self.keyframe_every,
+            batch=self.batch,
+        )
 
 
-def depth_engine(settings: Settings) -> DepthEngine:
-    """The engine `settings.depth` names, with its settings."""
-    from fw_pipeline.annotate.depth import DepthAnythingV2, GeometryDepth
+class GeometryDepthSettings(Config):
+    """The geometry's own depth as it is."""
 
-    if settings.depth == "geometry":
+    prefix: ClassVar[str] = "geometry_depth"
+    engine: Literal["geometry"] = "geometry"
+
+    def build(self, device: str, dtype: Dtype) -> DepthEngine:
+        from fw_pipeline.annotate.depth import GeometryDepth
+
         return GeometryDepth()
-    return DepthAnythingV2(
-        settings.depth_model,
-        revision=settings.depth_revision,
-        device=settings.device,
-        dtype=settings.dtype,
-        batch=settings.depth_batch,
+
+
+class DepthAnythingSettings(Config):
+    """A depth network, aligned to the geometry frame by frame."""
+
+    prefix: ClassVar[str] = "depth"
+    engine: Literal["depth-anything-v2"] = "depth-anything-v2"
+    model: str = Field(
+        "depth-anything/Depth-Anything-V2-Small-hf",
+        description="repository of the hub (Small, Base, Large, or a metric one) or a folder with its three files",
     )
+    revision: str = Field("main", description="branch, tag or commit of the repository; a commit makes a dataset reproducible")
+    batch: int | None = Field(None, ge=1, description="frames in one pass; unset: 8 on a GPU, 1 elsewhere")
+
+    def build(self, device: str, dtype: Dtype) -> DepthEngine:
+        from fw_pipeline.annotate.depth import DepthAnythingV2
+
+        return DepthAnythingV2(self.model, revision=self.revision, device=device, dtype=dtype, batch=self.batch)
+
+
+# The engines there are. `prefix` begins the names under which an engine's fields are set from outside: `dust3r_model`.
+GeometrySettings = Annotated[ColmapSettings | Dust3rSettings, Field(discriminator="engine")]
+DepthSettings = Annotated[GeometryDepthSettings | DepthAnythingSettings, Field(discriminator="engine")]
 
 
 def require_device(device: str) -> None:

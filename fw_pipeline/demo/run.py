@@ -21,8 +21,9 @@ from typing import Any
 import dagster as dg
 
 from fw_pipeline.launch import Outcome, launch
+from fw_pipeline.resources import PIPELINE
 from fw_pipeline.steps.review import truth_errors
-from fw_pipeline.steps.settings import Settings, settings_from_env
+from fw_pipeline.steps.settings import Settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=dg.PreviewWarning)
     if args.videos is not None:
         os.environ["FW_VIDEOS"] = str(args.videos.resolve())
-    settings = settings_from_env()
+    settings = PIPELINE.settings()
     if args.videos is None:
         render(settings.videos)
     started = time.perf_counter()

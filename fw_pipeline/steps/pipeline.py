@@ -23,7 +23,7 @@ from fw_model.config import Preset
 from fw_model.data.online import encode_video
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
-from fw_pipeline.annotate.engines import depth_engine, geometry_engine, require_device
+from fw_pipeline.annotate.engines import require_device
 from fw_pipeline.annotate.types import Clip, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
 from fw_pipeline.steps.prompts import PromptError, Prompts
 from fw_pipeline.steps.results import EncodedClip, EncodedText, PicturesClip, finish_clip
@@ -62,11 +62,11 @@ class Pipeline:
 
     @cached_property
     def geometry_engine(self) -> GeometryEngine:
-        return geometry_engine(self.settings)
+        return self.settings.geometry.build(self.settings.device, self.settings.dtype)
 
     @cached_property
     def depth_engine(self) -> DepthEngine:
-        return depth_engine(self.settings)
+        return self.settings.depth.build(self.settings.device, self.settings.dtype)
 
     @cached_property
     def encoders(self) -> Any:

@@ -1,18 +1,22 @@
 """What a pipeline run is told: profile, folders, preset, annotators, device. Free of Dagster, so that scripts and tests share it.
 
-`FW_PROFILE` (laptop | gpu) chooses a profile; `FW_` and a field's name in capitals sets that field for every command
-(`FW_DATA`, `FW_VIDEOS`, `FW_PRESET`, `FW_GEOMETRY`, ...); the Dagster resource `pipeline` overrides any field per run.
+`Settings` is the one declaration. From outside every setting has one name, the same in run config, in the launchpad and as a
+variable in capitals: a field's own (`data`, FW_DATA), and for an engine's field its prefix and name (`dust3r_model`,
+FW_DUST3R_MODEL), beside the role that chooses the engine (`geometry: dust3r`, FW_GEOMETRY). `FW_PROFILE` (laptop | gpu)
+chooses what they start from.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from fw_model.config import Config, ConfigError, Preset, load_preset
+from fw_pipeline.annotate.engines import ColmapSettings, DepthSettings, Dtype, GeometryDepthSettings, GeometrySettings
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -20,25 +24,19 @@ PROJECT = Path(__file__).resolve().parents[2]
 class Settings(Config):
     """One pipeline configuration. Relative folders are taken from the project's root."""
 
-    data: Path = PROJECT / "data"
-    videos: Path = PROJECT / "data" / "videos"
-    preset: str = "tiny"  # name of a preset, or a YAML file
-    overrides: tuple[str, ...] = ()  # preset overrides, e.g. "stage1.steps=10"
-    annotation_long_side: int = Field(448, ge=64)  # pixels; the annotators see frames of this size or the source's, if smaller
-    geometry: Literal["colmap", "dust3r"] = "colmap"  # who finds cameras
-    depth: Literal["geometry", "depth-anything-v2"] = "geometry"  # whose depth is kept: the geometry's own, or one fitted to it
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the annotators' networks
-    dust3r_model: str = "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"  # hub repository, folder or .pth file
-    dust3r_revision: str = "main"  # branch, tag or commit of the repository
-    dust3r_window: int = Field(2, ge=1)  # a keyframe is paired with this many of the following ones
-    dust3r_keyframe_every: int = Field(8, ge=1)  # frames, at most
-    dust3r_batch: int = Field(8, ge=1)  # images or pairs in one pass
-    depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"  # hub repository or folder; also Base, Large, metric
-    depth_revision: str = "main"
-    depth_batch: int | None = Field(None, ge=1)  # frames in one pass; None: 8 on a GPU, 1 elsewhere
-    processes: int = Field(1, ge=1)  # training processes on this machine, one per GPU
-    val_percent: float = Field(2.0, gt=0, lt=100)  # share of videos, by hash, held out for validation
+    data: Path = Field(PROJECT / "data", description="folder where everything is written")
+    videos: Path = Field(PROJECT / "data" / "videos", description="folder that videos are read from, with subfolders")
+    preset: str = Field("tiny", description="name of a preset, or a YAML file")
+    overrides: tuple[str, ...] = Field((), description='keys of the preset set otherwise, e.g. "stage1.steps=10"')
+    annotation_long_side: int = Field(
+        448, ge=64, description="pixels; the annotators see frames of this size, or the source's if it is smaller"
+    )
+    geometry: GeometrySettings = Field(ColmapSettings(), description="engine that finds cameras and a first depth")
+    depth: DepthSettings = Field(GeometryDepthSettings(), description="engine whose depth is kept")
+    device: str = Field("cpu", description="torch device of annotators, encoders, training and reports")
+    dtype: Dtype = Field("float32", description="of the annotators' networks")
+    processes: int = Field(1, ge=1, description="training processes on this machine, one per GPU")
+    val_percent: float = Field(2.0, gt=0, lt=100, description="share of videos, by hash, held out for validation")
 
     def load_preset(self) -> Preset:
         return load_preset(self.preset, list(self.overrides))
@@ -57,13 +55,39 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+def roles() -> dict[str, dict[str, Any]]:
+    """What an engine is chosen for ("geometry", "depth") -> name of each engine there is -> the model of its settings."""
+    found = {}
+    for role, info in Settings.model_fields.items():
+        if info.discriminator:
+            found[role] = {kind.model_fields["engine"].default: kind for kind in get_args(info.annotation)}
+    return found
+
+
+def names() -> dict[str, FieldInfo]:
+    """Every setting under the name it has outside, with its type, default, bounds and description.
+
+    A role is there as the choice between its engines, followed by the settings of each.
+    """
+    found: dict[str, FieldInfo] = {}
+    for name, info in Settings.model_fields.items():
+        engines = roles().get(name)
+        if engines is None:
+            found[name] = info
+            continue
+        found[name] = FieldInfo(annotation=Literal[tuple(engines)], default=info.default.engine, description=info.description)  # type: ignore[arg-type]
+        for engine in engines.values():
+            found |= {f"{engine.prefix}_{key}": field for key, field in engine.model_fields.items() if key != "engine"}
+    return found
+
+
 def settings_from_env(**overrides: Any) -> Settings:
-    """Settings of the profile in FW_PROFILE (default laptop), then FW_<FIELD> of each field, then `overrides`.
+    """Settings of the profile in FW_PROFILE (default laptop), then the variables, then `overrides`, by the names of `names()`.
 
     FW_DATA also moves the videos, unless FW_VIDEOS says otherwise. Preset overrides are for run config only. An override that
-    is None, and a variable that is empty, is left out.
+    is None, and a variable that is empty, is left out. A variable may be of an engine that is not chosen, an override may not.
 
-    Raises ConfigError for an unknown profile or a field that does not fit.
+    Raises ConfigError for an unknown profile, name or engine, or a value that does not fit; it gives the setting's name.
     """
     profile = os.environ.get("FW_PROFILE") or "laptop"
     if profile not in PROFILES:
@@ -71,18 +95,46 @@ def settings_from_env(**overrides: Any) -> Settings:
     values = dict(PROFILES[profile])
     if data := os.environ.get("FW_DATA"):
         values["videos"] = _absolute(data) / "videos"
-    for field in Settings.model_fields.keys() - {"overrides"}:
-        if value := os.environ.get(f"FW_{field.upper()}"):
-            values[field] = value
-    values |= {key: value for key, value in overrides.items() if value is not None}
+    for name in names().keys() - {"overrides"}:
+        if value := os.environ.get(f"FW_{name.upper()}"):
+            values[name] = value
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values |= given
     for key in ("data", "videos"):
         if key in values:
             values[key] = _absolute(values[key])
     try:
-        return Settings(**values)
+        return Settings(**_with_engines(values, given))
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {_name_of(e['loc'])}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"pipeline settings (profile {profile!r}):\n" + "\n".join(lines)) from error
+
+
+def _with_engines(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of each role's engine gathered below the role. Raises ConfigError for a given one that would be lost."""
+    values = dict(values)
+    for role, engines in roles().items():
+        chosen = values.get(role, Settings.model_fields[role].default.engine)
+        values[role] = {"engine": chosen}
+        for name, engine in engines.items():
+            for key in engine.model_fields.keys() - {"engine"}:
+                outside = f"{engine.prefix}_{key}"
+                if name == chosen and outside in values:
+                    values[role][key] = values[outside]
+                elif chosen in engines and outside in given:
+                    raise ConfigError(
+                        f"{outside}: a setting of {role}: {name}, but {role} is {chosen}; set {role}: {name} beside it"
+                    )
+                values.pop(outside, None)
+    return values
+
+
+def _name_of(place: tuple[int | str, ...]) -> str:
+    """The name outside of the place of an error inside: ("geometry", "dust3r", "window") -> dust3r_window."""
+    role, *below = place
+    if len(below) == 2:
+        return f"{roles()[str(role)][str(below[0])].prefix}_{below[1]}"
+    return ".".join(map(str, place))
 
 
 def _absolute(path: str | Path) -> Path:

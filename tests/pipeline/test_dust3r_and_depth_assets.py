@@ -10,11 +10,10 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from fw_model.config import ConfigError
 from fw_model.data.manifest import read_manifest
 from fw_pipeline.annotate.clips import Clip, FrameTransform
 from fw_pipeline.annotate.dust3r import DUSt3R, Dust3rEngine, network_size
-from fw_pipeline.annotate.engines import depth_engine, geometry_engine
+from fw_pipeline.annotate.engines import Dust3rSettings
 from fw_pipeline.annotate.pairwise.pair_graph import PairPrediction
 from fw_pipeline.annotate.truth import ground_truth_for_clip, load_ground_truth
 from fw_pipeline.annotate.types import ClipDepth
@@ -26,7 +25,7 @@ from fw_pipeline.steps.packing import pack
 from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.results import FinishedClip
 from fw_pipeline.steps.review import truth_errors
-from fw_pipeline.steps.settings import PROFILES, Settings, settings_from_env
+from fw_pipeline.steps.settings import settings_from_env
 from fw_pipeline.steps.store import Done, load_arrays
 from tests.helpers.tiny_dust3r import TINY
 
@@ -100,7 +99,7 @@ def test_dust3r_and_depth_anything_annotate_the_truth_through_the_assets_and_one
         return dataclasses.replace(pair, points_i=np.full_like(pair.points_i, np.nan)) if video == bad else pair
 
     engine = Dust3rEngine(lambda: knowing_network(spoil), "truth")
-    monkeypatch.setattr("fw_pipeline.steps.pipeline.geometry_engine", lambda _: engine)
+    monkeypatch.setattr(Dust3rSettings, "build", lambda *_: engine)
     run = annotate(geometry="dust3r", depth="depth-anything-v2", depth_model=str(depth_folder))
     assert run.success
     checks = {check.check_name: check for check in run.get_asset_check_evaluations()}
@@ -169,54 +168,3 @@ def test_a_device_that_is_not_there_stops_the_step_and_says_so(environment: Path
     error = event.step_failure_data.error
     assert error is not None
     assert "device 'cuda:97' cannot be used here" in (error.cause or error).message
-
-
-# ------------------------------------------------------------------------------------------------------------- settings
-
-
-def test_the_profiles_choose_the_annotators(monkeypatch: pytest.MonkeyPatch) -> None:
-    for profile, geometry, depth in (("laptop", "colmap", "geometry"), ("gpu", "dust3r", "depth-anything-v2")):
-        monkeypatch.setenv("FW_PROFILE", profile)
-        settings = settings_from_env()
-        assert geometry_engine(settings).name == settings.geometry == geometry
-        assert depth_engine(settings).name == settings.depth == depth
-    assert set(PROFILES) == {"laptop", "gpu"}
-
-
-def test_the_environment_changes_an_annotator_for_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PROFILE", "gpu"), ("GEOMETRY", "colmap"), ("DUST3R_WINDOW", "5"), ("DEPTH", "")):
-        monkeypatch.setenv(f"FW_{name}", value)
-    settings = settings_from_env()
-    assert (settings.geometry, settings.depth, settings.dust3r_window) == ("colmap", "depth-anything-v2", 5)
-    assert settings_from_env(geometry="dust3r").geometry == "dust3r"
-    monkeypatch.setenv("FW_GEOMETRY", "colmpa")
-    with pytest.raises(ConfigError, match="geometry: .*colmap"):
-        settings_from_env()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("dust3r_model", "naver/other"),
-        ("dust3r_revision", "v2"),
-        ("dust3r_window", 5),
-        ("dust3r_keyframe_every", 3),
-        ("dust3r_batch", 2),
-        ("depth_model", "depth-anything/Depth-Anything-V2-Large-hf"),
-        ("depth_revision", "v2"),
-        ("depth_batch", 2),
-        ("dtype", "bfloat16"),
-        ("device", "cuda"),
-    ],
-)
-def test_every_setting_reaches_its_engine(field: str, value: Any) -> None:
-    def made(**changed: Any) -> tuple[dict[str, Any], str]:
-        settings = Settings(geometry="dust3r", depth="depth-anything-v2", **changed)
-        geometry, depth = geometry_engine(settings), depth_engine(settings)
-        shown = {f"{e.name}.{k}": v for e in (geometry, depth) for k, v in vars(e).items() if k not in ("load", "name")}
-        return shown, geometry.version + depth.version
-
-    (before, before_version), (after, after_version) = made(), made(**{field: value})
-    assert before != after
-    # What does not change results does not make them stale.
-    assert (before_version != after_version) == (field not in ("device", "dust3r_batch", "depth_batch"))

@@ -1,5 +1,6 @@
 """New videos are annotated once they are whole; the nightly schedule launches only when something is stale."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fw_pipeline.definitions import defs
-from fw_pipeline.partitions import range_tags
+from fw_pipeline.partitions import RANGE_END, RANGE_START, range_tags
+from fw_pipeline.resources import PipelineResource
 from fw_pipeline.schedules import reannotate
 from fw_pipeline.sensors import new_videos
 
 
 def tick(instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorResult:
-    result = new_videos(dg.build_sensor_context(instance=instance, cursor=cursor))
+    result = new_videos(dg.build_sensor_context(instance=instance, cursor=cursor, resources=defs.resources))
     assert isinstance(result, dg.SensorResult)
     return result
 
@@ -33,6 +35,18 @@ def test_a_video_is_launched_once_its_size_has_been_the_same_for_two_ticks(folde
         assert len(second.run_requests or []) == 1
         assert len((second.dynamic_partitions_requests or [])[0].partition_keys) == 2
         assert not tick(instance, second.cursor).run_requests
+
+
+def test_the_sensor_looks_where_the_runs_resource_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FW_VIDEOS", str(folder / "elsewhere"))
+    resources = {"pipeline": PipelineResource(videos=str(folder))}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = new_videos(dg.build_sensor_context(instance=instance, resources=resources))
+        skipped = new_videos(dg.build_sensor_context(instance=instance, resources=defs.resources))
+    assert isinstance(result, dg.SensorResult)
+    assert len(json.loads(result.cursor or "")["seen"]) == 2
+    assert isinstance(skipped, dg.SkipReason)
+    assert "elsewhere" in str(skipped.skip_message)
 
 
 def test_a_video_still_being_copied_waits_and_a_replaced_one_runs_again(folder: Path) -> None:
@@ -64,6 +78,10 @@ def test_the_schedule_launches_when_a_video_has_no_annotation(environment: Path)
 def test_the_range_of_a_run_holds_every_video_asked_for(known: list[str], keys: list[str]) -> None:
     tags = range_tags(known, keys)
     order = [*known, *sorted(set(keys) - set(known))]
-    first, last = (order.index(tags[f"dagster/asset_partition_range_{end}"]) for end in ("start", "end"))
+    first, last = (order.index(tags[name]) for name in (RANGE_START, RANGE_END))
     assert set(keys) <= set(order[first : last + 1])
     assert {order[first], order[last]} <= set(keys)
+
+
+def test_the_tags_of_a_range_are_those_that_dagster_reads() -> None:
+    assert dg.RunRequest(tags=range_tags(["a", "b", "c"], ["a", "c"])).partition_key_range == dg.PartitionKeyRange("a", "c")
