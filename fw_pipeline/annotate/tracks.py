@@ -23,7 +23,9 @@ class TrackSettings:
 
     cell: int = 16  # a new point in every cell of this size that has none; 448 x 256: up to 448 points at a time
     every: int = 4  # frames between two looks for new points
-    window: int = 15  # side of the patch that is followed
+    # Side of the patch that is followed. Against exact cameras a larger one drifts more (it straddles depth edges and sees
+    # perspective change): epipolar error over 10 frames, rendered rooms and real ones, 21: .19/.67, 15: .14/.53, 11: .11/.41 px.
+    window: int = 11
     levels: int = 3  # of the pyramid above the picture
     round_trip: float = 0.3  # there and back again: how far from the start a step may end
     weakest: float = 4e-5  # smallest eigenvalue of a corner, grey in 0..1; below it camera noise is followed
