@@ -129,6 +129,7 @@ class Free:
     turning: bool = False  # rotations only: translations and inverse distances stay
     front: bool = False  # inverse distances stay at 0 or above
     focal_range: tuple[float, float] = (-np.inf, np.inf)  # of log_focal[:, 0]
+    held_frames: tuple[int, ...] = ()  # besides the reference, which always stays
 
 
 @dataclass(frozen=True)
@@ -361,14 +362,14 @@ def _step(
         matrix, vector = _frame_blocks(obs, linear)
         diagonal = np.einsum("bii->bi", matrix)
         diagonal += damping[:, None] * diagonal + 1e-9 * diagonal.max(1, keepdims=True) + 1e-12
-        solution = _solve(obs, matrix, -vector)
+        solution = _solve(obs, matrix, -vector, free)
         return solution[:, : 6 * count].reshape(batch, count, 6), np.zeros((3, batch, obs.points)), _padded(solution, lens)
     if not free.poses:
         root, gradient = _point_blocks(obs, linear, damping, held)
         inner = [sum(root[j, k] * gradient[k] for k in range(j + 1)) for j in range(3)]
         return frames, -np.stack([sum(root[k, j] * inner[k] for k in range(j, 3)) for j in range(3)]), focal
     reduced = reduce(obs, linear, damping, held)
-    solution = _solve(obs, reduced.matrix, -reduced.gradient)
+    solution = _solve(obs, reduced.matrix, -reduced.gradient, free)
     inner = []
     for j in range(3):
         own = sum(reduced.root[j, k] * reduced.point_gradient[k] for k in range(j + 1))
@@ -384,13 +385,12 @@ def _padded(solution: np.ndarray, lens: int) -> np.ndarray:
     return out
 
 
-def fixed_unknowns(obs: Observations) -> np.ndarray:
-    """Indices of the unknowns that stay: the reference frame's six."""
-    return 6 * obs.reference + np.arange(6)
-
-
-def _solve(obs: Observations, matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    fixed = fixed_unknowns(obs)
+def _solve(obs: Observations, matrix: np.ndarray, vector: np.ndarray, free: Free) -> np.ndarray:
+    """matrix x = vector with the held frames' unknowns 0; both are changed."""
+    held = [(6 * t + np.arange(6)) for t in (obs.reference, *free.held_frames)]
+    if free.turning:
+        held += [6 * t + np.arange(3, 6) for t in range(obs.frames)]
+    fixed = np.unique(np.concatenate(held))
     matrix[:, fixed], matrix[:, :, fixed], vector[:, fixed] = 0, 0, 0
     matrix[:, fixed, fixed] = 1
     scale = 1 / np.sqrt(np.maximum(np.einsum("bii->bi", matrix), 1e-30))

@@ -1,0 +1,169 @@
+"""How well a solution is known: the lens from the adjustment's covariance and from costs at fixed focal lengths, and whether a
+rival solution fits as well.
+
+Errors along a track, and of neighbouring tracks, are much alike (a patch drifts for a reason), so observations are no
+independent witnesses. Whole blocks of the picture are: what one block says is set against what the others say, both for the
+variance (the "sandwich" of clustered statistics) and for the comparison of two solutions (Vuong's test).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy, linearise, reduce, residuals, stack
+
+BLOCKS = (4, 6)  # down, across
+
+
+@dataclass(frozen=True)
+class LensCertainty:
+    """What the covariance says of the focal length."""
+
+    std: float  # of its log: relative standard deviation; inf where the tracks say nothing
+    zoom_std: float  # of the log's change over the clip, nan unless it was free
+    unit: float  # cost difference that is one squared standard deviation of evidence: (C - C_best) / unit is like chi squared
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of the best solution at each of several fixed focal lengths, everything else re-solved."""
+
+    log_focal: np.ndarray  # [G] increasing, log of the focal length over the picture's long side
+    cost: np.ndarray  # [G] squared pixels, as `adjust` counts
+    unit: float  # see LensCertainty
+
+    def evidence(self, log_focal: np.ndarray | float) -> np.ndarray:
+        """Evidence against a lens, like chi squared with one degree of freedom, 0 at the best grid point.
+
+        Between grid points its root is taken to be straight, which a parabola's is; outside the grid it stays as at the end.
+        """
+        return np.asarray(np.interp(log_focal, self.log_focal, self._root()) ** 2)
+
+    def interval(self, level: float = 4.0) -> tuple[float, float]:
+        """Smallest and largest log focal length whose evidence is below `level` (4: two standard deviations)."""
+        root, fine = self._root(), np.linspace(self.log_focal[0], self.log_focal[-1], 2000)
+        best = float(self.log_focal[int(np.argmin(self.cost))])
+        inside = fine[np.interp(fine, self.log_focal, root) ** 2 <= level]
+        return min([best, *inside[:1].tolist()]), max([best, *inside[-1:].tolist()])
+
+    def _root(self) -> np.ndarray:
+        value = np.sqrt(np.maximum(self.cost - self.cost.min(), 0) / max(self.unit, 1e-12))
+        return value * np.where(self.log_focal < self.log_focal[int(np.argmin(self.cost))], -1, 1)
+
+
+def block_of(xy: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Number of the picture's block in which each position [N, 2] lies (nan: block 0)."""
+    place = np.nan_to_num(xy)
+    row = (place[:, 1] / height * BLOCKS[0]).astype(int).clip(0, BLOCKS[0] - 1)
+    column = (place[:, 0] / width * BLOCKS[1]).astype(int).clip(0, BLOCKS[1] - 1)
+    return row * BLOCKS[1] + column
+
+
+def lens_certainty(obs: Observations, state: State, block: np.ndarray, scale: float, lens: int = 1) -> LensCertainty:
+    """Of one solution (batch 1) at its minimum. `block` [N] of each point, `scale` Cauchy's."""
+    linear = linearise(obs, state, Free(lens=lens), scale)
+    system = reduce(obs, linear, np.zeros(1))
+    keep = np.setdiff1d(np.arange(system.matrix.shape[1]), 6 * obs.reference + np.arange(6))
+    matrix = system.matrix[0][np.ix_(keep, keep)]
+    gauge = np.zeros(6 * obs.frames + lens)  # the scene's size, which no picture tells
+    gauge[: 6 * obs.frames].reshape(obs.frames, 6)[:, 3:] = state.translation[0]
+    gauge = gauge[keep] / max(float(np.linalg.norm(gauge[keep])), 1e-12)
+    scaling = 1 / np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+    normal = matrix * scaling[:, None] * scaling
+    gauge = gauge / scaling
+    gauge /= max(float(np.linalg.norm(gauge)), 1e-12)
+    normal += np.outer(gauge, gauge) + 1e-12 * np.eye(len(normal))
+    scores = _scores(obs, linear, system.across, system.root, system.point_gradient)[keep]
+    blocks = np.zeros((len(keep), BLOCKS[0] * BLOCKS[1]))
+    np.add.at(blocks.T, block, scores.T)
+    blocks = blocks[:, np.abs(blocks).sum(0) > 0]
+    squared = (linear.residual**2).sum((0, 1)) / np.maximum(linear.weight[0], 1e-12)
+    curved = (1 - squared / scale**2) / (1 + squared / scale**2) ** 2  # second derivative of Cauchy's cost, averaged below
+    bend = float(np.clip(0.5 * (curved + linear.weight[0]).sum() / max(linear.weight.sum(), 1e-12), 0.2, 1.0))
+    found = []
+    for index in range(lens):
+        unknown = np.zeros(len(keep))
+        unknown[-lens + index] = 1
+        influence = np.linalg.solve(normal, unknown * scaling) * scaling / bend
+        by_track = float(((influence @ scores) ** 2).sum())
+        groups = blocks.shape[1]
+        by_block = float(((influence @ blocks) ** 2).sum()) * groups / max(1, groups - 1)
+        found.append((np.sqrt(max(by_track, by_block)), float(influence[-lens + index])))
+    std, naive = found[0]
+    return LensCertainty(float(std), float(found[1][0]) if lens > 1 else float("nan"), float(std**2 / max(naive, 1e-30)))
+
+
+def _scores(obs: Observations, linear, across, root, gradient) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """[P, N]: what each point adds to the gradient of the reduced problem."""
+    count, lens = obs.frames, len(linear.lens)
+    out = np.zeros((6 * count + lens, obs.points))
+    for i in range(6):
+        out[6 * obs.frame + i, obs.point] = (linear.pose[i] * linear.residual).sum(0)[0]
+    for i in range(lens):
+        out[6 * count + i] = obs.per_point((linear.lens[i] * linear.residual).sum(0))[0]
+    for j in range(3):
+        out -= across[0, j] * sum(root[j, k, 0] * gradient[k, 0] for k in range(j + 1))
+    return out
+
+
+def refocused(state: State, factor: np.ndarray) -> State:
+    """The solutions with focal lengths `factor` [B] times as long, everything else such that a distant scene looks the same."""
+    k = factor[:, None]
+    x, y, z = np.moveaxis(state.direction, -1, 0)
+    direction = np.stack([x / k, y / k, z], -1)
+    length = np.linalg.norm(direction, axis=-1)
+    inverse = state.inverse / z / k * (z / length)
+    translation = state.translation * np.stack([np.ones_like(factor), np.ones_like(factor), factor], -1)[:, None]
+    return State(
+        _turned_less(state.rotation, factor),
+        translation,
+        direction / length[..., None],
+        inverse,
+        state.log_focal + np.stack([np.log(factor), np.zeros_like(factor)], -1),
+    )
+
+
+def _turned_less(rotation: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    vector = Rotation.from_matrix(rotation.reshape(-1, 3, 3)).as_rotvec().reshape(*rotation.shape[:2], 3)
+    vector = vector / np.stack([factor, factor, np.ones_like(factor)], -1)[:, None]
+    return np.asarray(Rotation.from_rotvec(vector.reshape(-1, 3)).as_matrix()).reshape(rotation.shape)
+
+
+def focal_profile(
+    obs: Observations, best: State, log_focal: np.ndarray, scale: float, steps: int = 15
+) -> tuple[np.ndarray, State]:
+    """(cost [G], solutions) at fixed focal lengths `log_focal` [G] (over the observations'), each from the nearest of `best`.
+
+    Every solution in `best` is refocused to every focal length and re-solved; the cheapest counts. Then each grid point is
+    tried once more from its cheaper neighbour.
+    """
+    grid = len(log_focal)
+    tried = stack([refocused(best, np.exp(np.full(len(best), log) - best.log_focal[:, 0])) for log in log_focal])
+    fixed = Free(lens=0, front=True)
+    found = adjust(obs, tried, fixed, scale, steps=steps, tolerance=1e-3)
+    pick = found.cost.reshape(grid, len(best)).argmin(1) + np.arange(grid) * len(best)
+    state, cost = found.state.take(pick), found.cost[pick]
+    padded = np.concatenate([[np.inf], cost, [np.inf]])
+    neighbour = np.where(padded[:-2] < padded[2:], np.arange(grid) - 1, np.arange(grid) + 1)
+    again = refocused(state.take(neighbour), np.exp(log_focal - log_focal[neighbour]))
+    second = adjust(obs, again, fixed, scale, steps=steps, tolerance=1e-3)
+    better = second.cost < cost
+    return np.where(better, second.cost, cost), state.where(better, second.state)
+
+
+def compare(obs: Observations, best: State, rival: State, block: np.ndarray, scale: float) -> tuple[float, float]:
+    """(cost of the rival over the best's, z): z is how many standard deviations the blocks of the picture agree by."""
+    costs = [cauchy((residuals(obs, s) ** 2).sum(-1), scale) for s in (best, rival)]
+    difference = np.bincount(block[obs.point], (costs[1] - costs[0])[0], BLOCKS[0] * BLOCKS[1])
+    spread = float(np.sqrt((difference**2).sum()))
+    return float(costs[1].sum() / max(costs[0].sum(), 1e-12)), float(difference.sum() / max(spread, 1e-12))
+
+
+def with_log_focal(state: State, log: float) -> State:
+    """One solution at another focal length, refocused."""
+    factor = np.exp(log - state.log_focal[:, 0])
+    return replace(refocused(state, factor))

@@ -1,0 +1,168 @@
+"""From a solved core to the whole clip: the other frames are placed on known points, the other points between placed frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust
+from fw_pipeline.annotate.bundle.starts import Core
+from fw_pipeline.annotate.pose import fill_poses
+
+CHUNK = 3  # frames placed at a time, on either side
+WINDOW = 14  # frames adjusted together while a long clip grows
+TOGETHER = 25  # clips up to this length are adjusted as a whole while they grow
+MIN_SEEN = 12  # known points that a frame must show to be placed
+SCALE, WIDE = 0.7, 3.0  # Cauchy's, pixels: for what is placed, and for what is new
+
+
+@dataclass(frozen=True)
+class Grown:
+    state: State  # of all frames and points
+    placed: np.ndarray  # [T] bool
+    known: np.ndarray  # [N] bool
+
+
+def grow(obs: Observations, core: Core, solved: State, free: Free, size: float) -> Grown:
+    """Solutions `solved` of the core [B, C frames, M points] -> of all frames and points of `obs`.
+
+    size: how many times larger than at a long side of 448 pixels the picture is; it scales what counts as an error.
+    """
+    placed = np.zeros(obs.frames, bool)
+    placed[core.frames.min() : core.frames.max() + 1] = True
+    known = np.zeros(obs.points, bool)
+    known[core.points] = True
+    state = _spread(obs, core, solved)
+    inner = tuple(set(range(obs.frames)) - set(core.frames.tolist()))
+    if placed.sum() > len(core.frames):
+        state = _settle(obs, state, placed, known, _only(free, obs, inner), size, points=False)
+    state, known = _add_points(obs, state, placed, known, size)
+    state = _settle(obs, state, placed, known, replace(free, front=True), size)
+    while not placed.all():
+        new = _next_frames(placed)
+        new = [t for t in new if _shown(obs, known, t) >= MIN_SEEN]
+        if not new:
+            break
+        state = _extrapolated(state, placed, new)
+        placed[new] = True
+        state = _settle(obs, state, placed, known, _only(free, obs, new), size, points=False)
+        state, known = _add_points(obs, state, placed, known, size)
+        state = _settle(obs, state, placed, known, _local(free, obs, placed, new), size)
+    return Grown(state, placed, known)
+
+
+def usable(obs: Observations, placed: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[O] bool: observations of known points in placed frames."""
+    return np.asarray(placed[obs.frame] & known[obs.point])
+
+
+def _shown(obs: Observations, known: np.ndarray, frame: int) -> int:
+    return int(known[obs.point[obs.frame == frame]].sum())
+
+
+def _next_frames(placed: np.ndarray) -> list[int]:
+    low, high = int(np.argmax(placed)), len(placed) - 1 - int(np.argmax(placed[::-1]))
+    return [*range(max(0, low - CHUNK), low), *range(high + 1, min(len(placed), high + 1 + CHUNK))]
+
+
+def _only(free: Free, obs: Observations, frames: Iterable[int]) -> Free:
+    """Only these frames move."""
+    moving = set(frames)
+    return replace(free, lens=0, points=False, held_frames=tuple(t for t in range(obs.frames) if t not in moving))
+
+
+def _local(free: Free, obs: Observations, placed: np.ndarray, new: list[int]) -> Free:
+    """A short clip moves as a whole; of a long one only what is near the new frames."""
+    if obs.frames <= TOGETHER:
+        return replace(free, front=True)
+    near = {t for t in range(obs.frames) if placed[t] and min(abs(t - n) for n in new) < WINDOW - 4}
+    return replace(free, front=True, lens=0, held_frames=tuple(t for t in range(obs.frames) if t not in near))
+
+
+def _settle(
+    obs: Observations, state: State, placed: np.ndarray, known: np.ndarray, free: Free, size: float, points: bool = True
+) -> State:
+    """A few steps on what is known, first with room for errors where frames are new."""
+    use = usable(obs, placed, known)
+    if free.held_frames:
+        moving = np.ones(obs.frames, bool)
+        moving[list(free.held_frames)] = False
+        if points:  # frames around the moving ones hold the points where they are
+            near = np.convolve(moving, np.ones(9), "same") > 0
+            use &= near[obs.frame]
+        else:
+            use &= moving[obs.frame]
+    part = obs.select(use)
+    if not points:
+        state = adjust(part, state, free, WIDE * size, steps=6).state
+        return adjust(part, state, free, SCALE * size, steps=3).state
+    return adjust(part, state, free, SCALE * size, steps=5, tolerance=1e-3).state
+
+
+def _spread(obs: Observations, core: Core, solved: State) -> State:
+    """The core's poses and points put into arrays for all; frames between are interpolated, other points still without place."""
+    batch = len(solved)
+    poses = np.concatenate([solved.rotation, solved.translation[..., None]], -1)
+    filled = np.stack([fill_poses(dict(zip(core.frames.tolist(), p, strict=True)), obs.frames) for p in poses])
+    direction = np.tile(np.array([0.0, 0, 1]), (batch, obs.points, 1))
+    inverse = np.ones((batch, obs.points)) * np.median(solved.inverse, axis=1, keepdims=True)
+    direction[:, core.points], inverse[:, core.points] = solved.direction, solved.inverse
+    return State(filled[..., :3], filled[..., 3], direction, inverse, solved.log_focal.copy())
+
+
+def _extrapolated(state: State, placed: np.ndarray, new: list[int]) -> State:
+    """New frames go on turning and moving as the two placed ones before them did."""
+    rotation, translation = state.rotation.copy(), state.translation.copy()
+    last = int(np.flatnonzero(placed).max())
+    for t in sorted(new, key=lambda t: abs(t - last) if t > last else -t):
+        step = 1 if t > last else -1
+        a, b = t - step, t - 2 * step
+        if not 0 <= b < len(placed):
+            rotation[:, t], translation[:, t] = rotation[:, a], translation[:, a]
+            continue
+        turn = Rotation.from_matrix(rotation[:, a] @ rotation[:, b].transpose(0, 2, 1)).as_rotvec()
+        rotation[:, t] = Rotation.from_rotvec(0.8 * turn).as_matrix() @ rotation[:, a]
+        centre_a = -np.einsum("bji,bj->bi", rotation[:, a], translation[:, a])
+        centre_b = -np.einsum("bji,bj->bi", rotation[:, b], translation[:, b])
+        translation[:, t] = -np.einsum("bij,bj->bi", rotation[:, t], centre_a + 0.8 * (centre_a - centre_b))
+    return replace(state, rotation=rotation, translation=translation)
+
+
+def _add_points(
+    obs: Observations, state: State, placed: np.ndarray, known: np.ndarray, size: float
+) -> tuple[State, np.ndarray]:
+    """Points seen in at least three placed frames get a place: at the median depth first, then where they are seen best."""
+    in_placed = placed[obs.frame]
+    often = np.bincount(obs.point[in_placed], minlength=obs.points) >= 3
+    new = often & ~known
+    if not new.any():
+        return state, known
+    distance = np.abs(obs.frame - obs.reference) + np.where(in_placed, 0, 10 * obs.frames)
+    order = np.lexsort((distance, obs.point))
+    point, first = np.unique(obs.point[order], return_index=True)
+    nearest = order[first[new[point]]]
+    point, frame = obs.point[nearest], obs.frame[nearest]
+    factor = np.exp(state.log_focal[:, :1] + state.log_focal[:, 1:] * obs.time[frame])
+    ray = np.stack(
+        [
+            obs.xy[nearest, 0] / (obs.focal[0] * factor),
+            obs.xy[nearest, 1] / (obs.focal[1] * factor),
+            np.ones_like(factor),
+        ],
+        -1,
+    )
+    ray /= np.linalg.norm(ray, axis=-1, keepdims=True)
+    middle = np.median(state.inverse[:, known], axis=1)[:, None, None]
+    # ray = lambda (R d + rho t), so R^T (ray - middle t) has the direction of d and, over its length, rho = middle.
+    back = np.einsum("bnji,bnj->bni", state.rotation[:, frame], ray - middle * state.translation[:, frame])
+    length = np.linalg.norm(back, axis=-1)
+    direction, inverse = state.direction.copy(), state.inverse.copy()
+    direction[:, point] = back / length[..., None]
+    inverse[:, point] = middle[..., 0] / length
+    state = replace(state, direction=direction, inverse=inverse)
+    part = obs.select(in_placed & new[obs.point])
+    state = adjust(part, state, Free(poses=False, lens=0, front=True), WIDE * size, steps=6, tolerance=1e-3).state
+    return state, known | new
