@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import cv2
 import numpy as np
 
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy
+from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy, residuals
+from fw_pipeline.annotate.bundle.certainty import BLOCKS, block_of
 from fw_pipeline.annotate.tracks import Tracks
 
+# Noise in every direction is halved by whatever takes its part along one line, and parallax does just that: with no depth to
+# see, the best scene leaves at least half of the squared error that a turning camera leaves.
+MIN_TURNING_RATIO = 2.0
+MAX_STILL = 0.25  # share of the picture
+MAX_PLANE_RATIO = 1.1
+MIN_FORWARD = 0.95
+MIN_ZOOM = 0.05
 STILL = 0.002  # of the long side, over half a clip: what a resting point may seem to move
+
+
+class MotionKind(StrEnum):
+    """What a camera does. STILL, TURNING and ZOOMING show no depth."""
+
+    STILL = "still"
+    TURNING = "turning"
+    ZOOMING = "zooming"
+    PLANE = "plane"  # it moves, but all that is seen lies in one plane
+    FORWARD = "forward"
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
 class MotionNumbers:
     """Costs are compared on the same observations with the same robust cost; 1 means: explained as well as by depth."""
 
-    still: float  # share of the tracks that stay where they are over half the clip
+    still: float  # share of the picture whose tracks stay where they are over half the clip
     turning_ratio: float  # cost of a camera that only turns and zooms, over the solution's
     plane_ratio: float  # cost of one homography a frame (a plane, or turning), over the solution's
     forward: float  # cosine between the path and the optical axis, 1 straight ahead, 0 sideways
@@ -38,15 +58,31 @@ def motion_numbers(tracks: Tracks, obs: Observations, state: State, cost: float,
     )
 
 
+def motion_kind(numbers: MotionNumbers) -> MotionKind:
+    """The motion's name."""
+    if numbers.still > MAX_STILL:
+        return MotionKind.STILL
+    if numbers.turning_ratio < MIN_TURNING_RATIO:
+        return MotionKind.ZOOMING if abs(numbers.zoom_turning) > MIN_ZOOM else MotionKind.TURNING
+    if numbers.plane_ratio < MAX_PLANE_RATIO:
+        return MotionKind.PLANE
+    return MotionKind.FORWARD if numbers.forward > MIN_FORWARD else MotionKind.MIXED
+
+
 def still_share(tracks: Tracks) -> float:
-    """Share of the tracks, seen in two frames half a clip apart, that move less than `STILL` of the long side between them."""
+    """Share of the picture's blocks, of those with tracks, where most tracks move less than `STILL` of the long side in half a
+    clip. (A share of the tracks would not do: ahead of a camera that goes forward points crowd that hardly move.)"""
     half = max(1, tracks.frames // 2)
-    moved: list[np.ndarray] = []
+    still, count = np.zeros(BLOCKS[0] * BLOCKS[1]), np.zeros(BLOCKS[0] * BLOCKS[1])
     for i in range(tracks.frames - half):
         both = tracks.between(i, i + half)
-        moved.append(np.linalg.norm(tracks.xy[both, i + half] - tracks.xy[both, i], axis=1))
-    everything = np.concatenate(moved) if moved else np.empty(0)
-    return float((everything < STILL * max(tracks.height, tracks.width)).mean()) if len(everything) else 0.0
+        here = tracks.xy[both, i]
+        moved = np.linalg.norm(tracks.xy[both, i + half] - here, axis=1)
+        block = block_of(here, tracks.height, tracks.width)
+        count += np.bincount(block, minlength=len(count))
+        still += np.bincount(block, moved < STILL * max(tracks.height, tracks.width), len(count))
+    with_tracks = count >= 3 * max(1, tracks.frames - half)
+    return float((still[with_tracks] > 0.5 * count[with_tracks]).mean()) if with_tracks.any() else 0.0
 
 
 def _only_turning(obs: Observations, state: State, scale: float) -> tuple[float, float]:
@@ -61,8 +97,6 @@ def _only_turning(obs: Observations, state: State, scale: float) -> tuple[float,
 
 def _plane_ratio(obs: Observations, state: State, scale: float) -> float:
     """Robust cost of homographies from the reference to the other frames, over the solution's own, on what both see."""
-    from fw_pipeline.annotate.bundle.adjust import residuals
-
     own = cauchy((residuals(obs, state)[0] ** 2).sum(-1), scale)
     at = np.full((obs.points, obs.frames), -1)
     at[obs.point, obs.frame] = np.arange(len(obs.point))

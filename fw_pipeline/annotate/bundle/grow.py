@@ -131,9 +131,7 @@ def _extrapolated(state: State, placed: np.ndarray, new: list[int]) -> State:
     return replace(state, rotation=rotation, translation=translation)
 
 
-def _add_points(
-    obs: Observations, state: State, placed: np.ndarray, known: np.ndarray, size: float
-) -> tuple[State, np.ndarray]:
+def _add_points(obs: Observations, state: State, placed: np.ndarray, known: np.ndarray, size: float) -> tuple[State, np.ndarray]:
     """Points seen in at least three placed frames get a place: at the median depth first, then where they are seen best."""
     in_placed = placed[obs.frame]
     often = np.bincount(obs.point[in_placed], minlength=obs.points) >= 3

@@ -22,7 +22,8 @@ from fw_pipeline.annotate.tracks import Tracks
 from fw_pipeline.annotate.types import RejectedClip
 
 MIN_TRACKS = 60  # fewer decide nothing: six unknowns a frame stand against them
-GRID = np.log(np.geomspace(0.35, 3.2, 9))  # of the long side, for the profile: fields of view of 110 to 18 degrees
+# Fixed focal lengths for the profile, as logs from the best one: close ones for how sharp it is, far ones for other valleys.
+OFFSETS = np.array([-1.0, -0.65, -0.4, -0.2, -0.08, 0.0, 0.08, 0.2, 0.4, 0.65, 1.0])
 PROFILE_POINTS = 260
 INLIER = 1.5  # pixels
 REVERSED = 0.3  # rank correlation of inverse distances below which a solution has another depth order
@@ -59,6 +60,22 @@ class Solution:
     def w2c(self) -> np.ndarray:
         """[T, 3, 4] with the reference camera as world."""
         return np.concatenate([self.rotation, self.translation[..., None]], -1)
+
+    @property
+    def focal_interval(self) -> tuple[float, float]:
+        """Focal lengths over the long side between which the lens lies (two standard deviations of evidence)."""
+        if self.profile is None:
+            return self.focal, self.focal
+        low, high = self.profile.interval()
+        return float(np.exp(low)), float(np.exp(high))
+
+    @property
+    def lens_std(self) -> float:
+        """Relative standard deviation of the focal length: the larger of the covariance's and the profile's. 0 if given."""
+        if self.profile is None:
+            return 0.0
+        low, high = self.profile.interval()
+        return max(self.focal_std, (high - low) / 4)
 
     @property
     def outliers(self) -> np.ndarray:
@@ -121,9 +138,7 @@ class _Solver:
         logs = [0.0] if self.known else [float(np.log(f)) for f in FOCALS]
         return coarse(self.tracks, core, obs, self.centre, logs, self.lens)[0]
 
-    def _over_focals(
-        self, part: Observations, known: np.ndarray, fine: Adjusted
-    ) -> tuple[State, np.ndarray, Profile | None]:
+    def _over_focals(self, part: Observations, known: np.ndarray, fine: Adjusted) -> tuple[State, np.ndarray, Profile | None]:
         """Solutions on all observations, their costs, and the profile: basins x fixed focal lengths, on a part of the points;
         the cheapest focal length of each basin is then let free on all."""
         chosen = distinct(fine.state, fine.cost, 3, worst=2.0)
@@ -132,10 +147,12 @@ class _Solver:
         if self.known:
             return stack([state, mirrored.state]), np.concatenate([cost, mirrored.cost]), None
         few = part.select(self._sample(known)[part.point])
-        grid, solutions = focal_profile(few, state, GRID, self.scale)
-        dips = [i for i in range(len(GRID)) if grid[i] == grid[max(0, i - 1) : i + 2].min() and grid[i] < 1.5 * grid.min()]
+        logs = (state.log_focal[0, 0] + OFFSETS).clip(*self.free.focal_range)
+        logs = np.unique(logs)
+        grid, solutions = focal_profile(few, state, logs, self.scale)
+        dips = [i for i in range(len(logs)) if grid[i] == grid[max(0, i - 1) : i + 2].min() and grid[i] < 1.5 * grid.min()]
         # points that were left out of the profile follow the lens by refocusing the full solution
-        full = stack([with_log_focal(state.take([0]), GRID[i]) for i in dips])
+        full = stack([with_log_focal(state.take([0]), logs[i]) for i in dips])
         for index, i in enumerate(dips):
             has = np.zeros(part.points, bool)
             has[few.point] = True
@@ -146,7 +163,7 @@ class _Solver:
         states = stack([state, mirrored.state, again.state])
         costs = np.concatenate([cost, mirrored.cost, again.cost])
         share = len(few.point) / len(part.point)
-        return states, costs, Profile(GRID, grid / share, unit=np.nan)
+        return states, costs, Profile(logs, grid / share, unit=np.nan)
 
     def _sample(self, known: np.ndarray) -> np.ndarray:
         """[N] bool: known points for the profile, evenly over the picture, long ones first."""
@@ -171,10 +188,7 @@ class _Solver:
         if profile is not None:
             sure = lens_certainty(part, state, self.block, self.scale)
             std = sure.std
-            grid = np.append(profile.log_focal, state.log_focal[0, 0])
-            order = np.argsort(grid)
-            values = np.append(np.maximum(profile.cost, cost), cost)[order]
-            profile = Profile(grid[order], values, sure.unit)
+            profile = Profile(profile.log_focal, profile.cost, sure.unit)
         ratio, z = self._mirror(part, states, costs, state)
         zoomed = adjust(part, state, Free(lens=2, front=True, focal_range=self.free.focal_range), self.scale, steps=8)
         zoom = float(zoomed.state.log_focal[0, 1])
@@ -210,11 +224,16 @@ class _Solver:
         count = np.bincount(part.frame, minlength=part.frames)
         inlier_ratio = np.bincount(part.frame, inside, part.frames) / np.maximum(count, 1)
         typical = np.array(
-            [np.median(error[inside & (part.frame == t)]) if (inside & (part.frame == t)).any() else 0.0 for t in range(part.frames)]
+            [
+                np.median(error[inside & (part.frame == t)]) if (inside & (part.frame == t)).any() else 0.0
+                for t in range(part.frames)
+            ]
         )
         share = np.bincount(part.point, inside, part.points) / np.maximum(np.bincount(part.point, minlength=part.points), 1)
         factor = float(np.exp(state.log_focal[0, 0]))
-        intrinsics = np.array([[self.focal[0] * factor, 0, self.centre[0]], [0, self.focal[1] * factor, self.centre[1]], [0, 0, 1]])
+        intrinsics = np.array(
+            [[self.focal[0] * factor, 0, self.centre[0]], [0, self.focal[1] * factor, self.centre[1]], [0, 0, 1]]
+        )
         with np.errstate(divide="ignore"):
             points = state.direction[0] / np.maximum(state.inverse[0], 1e-6)[:, None]
         points = np.where(known[:, None], points, np.nan)

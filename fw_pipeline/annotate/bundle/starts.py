@@ -131,7 +131,9 @@ def starting_states(
     return stack(states)
 
 
-def coarse(tracks: Tracks, core: Core, obs: Observations, centre: tuple[float, float], logs: list[float], lens: int) -> tuple[State, np.ndarray]:
+def coarse(
+    tracks: Tracks, core: Core, obs: Observations, centre: tuple[float, float], logs: list[float], lens: int
+) -> tuple[State, np.ndarray]:
     """Distinct solutions of the core, cheapest first, at most `SURVIVORS`, and their costs. `obs` are the core's."""
     xy, seen = tracks.xy[core.points][:, core.frames], tracks.seen[core.points][:, core.frames]
     bounds = (float(np.log(FOCAL_RANGE[0])), float(np.log(FOCAL_RANGE[1])))
