@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust
+from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy, residuals
 from fw_pipeline.annotate.bundle.starts import Core
 from fw_pipeline.annotate.pose import fill_poses
 
@@ -52,6 +52,42 @@ def grow(obs: Observations, core: Core, solved: State, free: Free, size: float) 
         state, known = _add_points(obs, state, placed, known, size)
         state = _settle(obs, state, placed, known, _local(free, obs, placed, new), size)
     return Grown(state, placed, known)
+
+
+def replaced(obs: Observations, state: State, scale: float, rounds: int = 2) -> State:
+    """One solution with every frame tried once more from where its neighbours say it should be; each takes what costs less.
+
+    A frame that few points hold may have been placed on the wrong ones of them, and then stays there by itself.
+    """
+    free = Free(points=False, lens=0)
+    for _ in range(rounds):
+        tried = _between_neighbours(state)
+        tried = adjust(obs, tried, free, 4 * scale, steps=5).state
+        tried = adjust(obs, tried, free, scale, steps=5).state
+        cost = [obs.per_frame(cauchy((residuals(obs, s) ** 2).sum(-1), scale))[0] for s in (state, tried)]
+        better = cost[1] < cost[0]
+        better[obs.reference] = False
+        state = replace(
+            state,
+            rotation=np.where(better[None, :, None, None], tried.rotation, state.rotation),
+            translation=np.where(better[None, :, None], tried.translation, state.translation),
+        )
+    return state
+
+
+def _between_neighbours(state: State) -> State:
+    """Every frame half way between its neighbours; the first and the last go on from the two beside them."""
+    rotation, translation = state.rotation[0], state.translation[0]
+    centre = -np.einsum("tji,tj->ti", rotation, translation)
+    before, after = np.arange(len(centre)) - 1, np.arange(len(centre)) + 1
+    before[0], after[0] = 1, 2
+    before[-1], after[-1] = len(centre) - 2, len(centre) - 3
+    share = np.full(len(centre), 0.5)
+    share[[0, -1]] = -1.0
+    turn = Rotation.from_matrix(rotation[after] @ rotation[before].transpose(0, 2, 1)).as_rotvec()
+    turned = Rotation.from_rotvec(share[:, None] * turn).as_matrix() @ rotation[before]
+    moved = centre[before] + share[:, None] * (centre[after] - centre[before])
+    return replace(state, rotation=turned[None], translation=-np.einsum("tij,tj->ti", turned, moved)[None])
 
 
 def usable(obs: Observations, placed: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from fw_pipeline.annotate.bundle.certainty import (
     lens_certainty,
     with_log_focal,
 )
-from fw_pipeline.annotate.bundle.grow import SCALE, grow, usable
+from fw_pipeline.annotate.bundle.grow import SCALE, grow, replaced, usable
 from fw_pipeline.annotate.bundle.starts import FOCAL_RANGE, FOCALS, Core, choose_core, coarse, depth_agreement, distinct
 from fw_pipeline.annotate.motion_kind import MotionNumbers, motion_numbers
 from fw_pipeline.annotate.tracks import Tracks
@@ -180,7 +180,9 @@ class _Solver:
         self, part: Observations, placed: np.ndarray, known: np.ndarray, states: State, costs: np.ndarray, profile: Profile | None
     ) -> Solution:
         best = int(np.argmin(costs))
-        last = adjust(part, states.take([best]), self.free, self.scale, steps=20, tolerance=1e-5)
+        last = adjust(part, states.take([best]), self.free, self.scale, steps=10, tolerance=1e-4)
+        again = replaced(part, last.state, self.scale)
+        last = adjust(part, again, self.free, self.scale, steps=20, tolerance=1e-5)
         state, cost = last.state.scaled(), float(last.cost[0])
         near = costs <= 1.05 * cost
         spread = float(np.exp(np.ptp(np.append(states.log_focal[near, 0], state.log_focal[0, 0]))))
