@@ -64,8 +64,8 @@ class Lens:
         for name in ("fx", "fy"):
             if not MIN_FOCAL * long_side <= getattr(self, name) <= MAX_FOCAL * long_side:
                 raise LensError(
-                    f"{name}: {getattr(self, name):g} cannot be a focal length in pixels of a {self.width}x{self.height} picture; "
-                    "focal lengths and centre are given in pixels, not in millimetres or shares"
+                    f"{name}: {getattr(self, name):g} cannot be a focal length in pixels of a {self.width}x{self.height} "
+                    "picture; focal lengths and centre are given in pixels, not in millimetres or shares"
                 )
         if not (0 <= self.cx <= self.width and 0 <= self.cy <= self.height):
             raise LensError(f"cx, cy: ({self.cx:g}, {self.cy:g}) lies outside the {self.width}x{self.height} picture")
@@ -98,11 +98,9 @@ class Lens:
     def fitted(self, height: int, width: int) -> Lens:
         """For the picture as clips are read: resized to cover height x width, then cropped around the centre."""
         fit = FrameTransform(self.height, self.width, height, width)
-        big = replace(
-            self, fx=self.fx * fit.scale, fy=self.fy * fit.scale, cx=self.cx * fit.scale - fit.left, cy=self.cy * fit.scale - fit.top,
-            height=height, width=width,
-        )  # fmt: skip
-        return big
+        k = fit.intrinsics_to_target(self.intrinsics)
+        fx, fy, cx, cy = (float(k[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
+        return replace(self, fx=fx, fy=fy, cx=cx, cy=cy, height=height, width=width)
 
     def distort(self, xy: np.ndarray) -> np.ndarray:
         """Where the lens puts what a pinhole of the same K has at xy [..., 2] -> [..., 2]."""

@@ -11,7 +11,8 @@ import scipy
 
 from fw_pipeline.annotate.bundle.joint import JointLens, joint_lens
 from fw_pipeline.annotate.bundle.refuse import check
-from fw_pipeline.annotate.bundle.solve import Solution, solve
+from fw_pipeline.annotate.bundle.solution import Solution
+from fw_pipeline.annotate.bundle.solve import solve
 from fw_pipeline.annotate.plane_sweep import SweepSettings, depth_range, sweep_depth
 from fw_pipeline.annotate.pose import fill_poses
 from fw_pipeline.annotate.tracks import Tracks, TrackSettings, follow
@@ -19,6 +20,8 @@ from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 
 CODE_VERSION = 1
 FEW_POINTS = 50  # a frame that shows fewer takes the whole clip's depth range
+AROUND = 2  # frames on either side whose points count for a frame's range: a few of its own may be all near or all far
+FAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,7 @@ class BundleEngine:
             raise RejectedClip("the scene lies behind the camera: the tracks do not fit one rigid scene")
         w2c[:, :, 3] /= unit
         points = points / unit
-        try:
-            near, far = np.array(
-                [depth_range(points[seen[t] if len(seen[t]) >= FEW_POINTS else good], w2c[t]) for t in range(len(w2c))]
-            ).T
-        except ValueError as error:
-            raise RejectedClip(str(error)) from error
+        near, far = depth_ranges(points, w2c, seen)
         k = np.repeat(solution.intrinsics[None], len(w2c), 0)
         depth, confidence = sweep_depth(frames, w2c, k, near, far, self.sweep, self.device)
         return ClipGeometry(
@@ -101,6 +99,25 @@ class BundleEngine:
             solution.reprojection_error.astype(np.float32),
             ~solution.placed,
         )
+
+
+def depth_ranges(points: np.ndarray, w2c: np.ndarray, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """near [T] and far [T] for the sweep, from points [N, 3] that the frames around each one see (`seen`: indices a frame).
+
+    Far is at most `FAR` median depths: planes are even in inverse depth and reach infinity in a step or two from there, while
+    points at infinity, which every street has, would put the range's middle there too.
+    """
+    near, far = np.zeros(len(w2c)), np.zeros(len(w2c))
+    everything = np.unique(np.concatenate(seen))
+    for t in range(len(w2c)):
+        around = np.unique(np.concatenate(seen[max(0, t - AROUND) : t + AROUND + 1]))
+        chosen = around if len(around) >= FEW_POINTS else everything
+        z = points[chosen] @ w2c[t, 2, :3] + w2c[t, 2, 3]
+        if (z > 0).sum() < 8:
+            raise RejectedClip(f"{(z > 0).sum()} points in front of the camera in frame {t}; a depth range needs at least 8")
+        low, high = depth_range(points[chosen], w2c[t])
+        near[t], far[t] = low, max(2 * low, min(high, FAR * float(np.median(z[z > 0]))))
+    return near, far
 
 
 def first_camera_world(solution: Solution) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,8 @@ from fw_pipeline.annotate.bundle.starts import Core
 from fw_pipeline.annotate.pose import fill_poses
 
 CHUNK = 3  # frames placed at a time, on either side
-WINDOW = 14  # frames adjusted together while a long clip grows
-TOGETHER = 25  # clips up to this length are adjusted as a whole while they grow
 MIN_SEEN = 12  # known points that a frame must show to be placed
+_REST = ("direction", "inverse", "log_focal")
 SCALE, WIDE = 0.7, 3.0  # Cauchy's, pixels: for what is placed, and for what is new
 
 
@@ -50,7 +49,7 @@ def grow(obs: Observations, core: Core, solved: State, free: Free, size: float) 
         placed[new] = True
         state = _settle(obs, state, placed, known, _only(free, obs, new), size, points=False)
         state, known = _add_points(obs, state, placed, known, size)
-        state = _settle(obs, state, placed, known, _local(free, obs, placed, new), size)
+        state = _settle(obs, state, placed, known, replace(free, front=True), size)
     return Grown(state, placed, known)
 
 
@@ -90,6 +89,31 @@ def _between_neighbours(state: State) -> State:
     return replace(state, rotation=turned[None], translation=-np.einsum("tij,tj->ti", turned, moved)[None])
 
 
+def expand(obs: Observations, solved: Grown, frames: np.ndarray, points: np.ndarray, free: Free, size: float) -> Grown:
+    """One solution of some frames and points of a clip -> of all of them: `obs` are the whole clip's.
+
+    Frames in between are interpolated and then placed on the known points; points are found where they are seen.
+    """
+    placed, known = np.zeros(obs.frames, bool), np.zeros(obs.points, bool)
+    placed[frames[solved.placed]] = True
+    known[points[solved.known]] = True
+    state = solved.state
+    core = Core(frames[solved.placed], points, obs.reference)
+    some = State(state.rotation[:, solved.placed], state.translation[:, solved.placed], *(vars(state)[k] for k in _REST))
+    whole = _spread(obs, core, some)
+    inside = np.flatnonzero(placed)
+    new = [t for t in range(inside[0], inside[-1] + 1) if not placed[t] and _shown(obs, known, t) >= MIN_SEEN]
+    ends = [t for t in (*range(inside[0]), *range(inside[-1] + 1, obs.frames)) if _shown(obs, known, t) >= MIN_SEEN]
+    new += [t for t in ends if np.abs(inside - t).min() <= CHUNK]
+    if new:
+        placed[new] = True
+        whole = _settle(obs, whole, placed, known, _only(free, obs, new), size, points=False)
+    whole, known = _add_points(obs, whole, placed, known, size)
+    part = obs.select(usable(obs, placed, known))
+    whole = adjust(part, whole, replace(free, front=True), SCALE * size, steps=12, tolerance=1e-4).state
+    return Grown(whole, placed, known)
+
+
 def usable(obs: Observations, placed: np.ndarray, known: np.ndarray) -> np.ndarray:
     """[O] bool: observations of known points in placed frames."""
     return np.asarray(placed[obs.frame] & known[obs.point])
@@ -110,27 +134,13 @@ def _only(free: Free, obs: Observations, frames: Iterable[int]) -> Free:
     return replace(free, lens=0, points=False, held_frames=tuple(t for t in range(obs.frames) if t not in moving))
 
 
-def _local(free: Free, obs: Observations, placed: np.ndarray, new: list[int]) -> Free:
-    """A short clip moves as a whole; of a long one only what is near the new frames."""
-    if obs.frames <= TOGETHER:
-        return replace(free, front=True)
-    near = {t for t in range(obs.frames) if placed[t] and min(abs(t - n) for n in new) < WINDOW - 4}
-    return replace(free, front=True, lens=0, held_frames=tuple(t for t in range(obs.frames) if t not in near))
-
-
 def _settle(
     obs: Observations, state: State, placed: np.ndarray, known: np.ndarray, free: Free, size: float, points: bool = True
 ) -> State:
     """A few steps on what is known, first with room for errors where frames are new."""
     use = usable(obs, placed, known)
     if free.held_frames:
-        moving = np.ones(obs.frames, bool)
-        moving[list(free.held_frames)] = False
-        if points:  # frames around the moving ones hold the points where they are
-            near = np.convolve(moving, np.ones(9), "same") > 0
-            use &= near[obs.frame]
-        else:
-            use &= moving[obs.frame]
+        use &= ~np.isin(obs.frame, free.held_frames)
     part = obs.select(use)
     if not points:
         state = adjust(part, state, free, WIDE * size, steps=6).state

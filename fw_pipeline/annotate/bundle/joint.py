@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fw_pipeline.annotate.bundle.refuse import MAX_FOCAL_STD
-from fw_pipeline.annotate.bundle.solve import Solution
+from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.types import RejectedClip
 
-# What the covariance does not know of: drift of patches that all clips share, lens distortion, rolling shutters. Measured on clips
-# with a known lens: off by 0 to 5 %, where the covariance says 0.3 to 2 %.
+# What the covariance does not know of: drift of patches that all clips share, lens distortion, rolling shutters. Measured on
+# clips with a known lens: off by 0 to 5 %, where the covariance says 0.3 to 2 %.
 FLOOR = 0.02
 ZOOMED = 9.0  # evidence (three standard deviations) with which a clip contradicts the others' lens
 ZOOM = 0.08  # and by how much, relative, before it is called another lens
@@ -51,11 +51,11 @@ def joint_lens(solutions: Sequence[Solution]) -> JointLens:
 
     Raises ValueError without clips or for a clip with a given lens; RejectedClip when no clip determines the lens.
     """
-    if not solutions or any(s.profile is None for s in solutions):
+    if not solutions or any(s.lens.profile is None for s in solutions):
         raise ValueError("a joint lens needs clips solved without a known lens")
     curves = np.stack([_evidence(s) for s in solutions])
     each = np.array([s.focal for s in solutions])
-    std = np.hypot([s.lens_std for s in solutions], FLOOR)
+    std = np.hypot([s.focal_std for s in solutions], FLOOR)
     agree = _agreeing(curves, np.log(each))
     total = curves[agree].sum(0)
     best = int(np.argmin(total))
@@ -65,18 +65,18 @@ def joint_lens(solutions: Sequence[Solution]) -> JointLens:
     if not found.determined:
         low, high = np.exp(inside[[0, -1]])
         raise RejectedClip(
-            f"lens not determined: over all {len(solutions)} clips of the video focal lengths from {low:.2f} to {high:.2f} of the long "
-            f"side fit alike (standard deviation {found.std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside the video"
+            f"lens not determined: over all {len(solutions)} clips of the video focal lengths from {low:.2f} to {high:.2f} of "
+            f"the long side fit alike (standard deviation {found.std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside it"
         )
     return found
 
 
 def _evidence(solution: Solution) -> np.ndarray:
     """Evidence of one clip against each focal length of GRID, its minimum 0, widened by what the covariance does not know."""
-    assert solution.profile is not None
-    own = max(solution.focal_std, 1e-4)
-    value = solution.profile.evidence(GRID)
-    beyond = np.maximum(0, np.maximum(GRID - solution.profile.log_focal[-1], solution.profile.log_focal[0] - GRID))
+    assert solution.lens.profile is not None
+    own = max(solution.lens.std, 1e-4)
+    value = solution.lens.profile.evidence(GRID)
+    beyond = np.maximum(0, np.maximum(GRID - solution.lens.profile.log_focal[-1], solution.lens.profile.log_focal[0] - GRID))
     # Beyond the profile the curve stays as at its end, hardly ever reached: a gentle slope keeps the minimum inside.
     return np.asarray((value + beyond) / (1 + (FLOOR / own) ** 2))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fw_pipeline.annotate.bundle.solve import Solution
+from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.motion_kind import MotionKind, motion_kind
 from fw_pipeline.annotate.types import RejectedClip
 
@@ -46,7 +46,7 @@ def require_placed(solution: Solution) -> None:
     frames, tracks = float(solution.placed.mean()), int(solution.inlier.sum())
     if frames < MIN_PLACED:
         raise RejectedClip(
-            f"only {solution.placed.sum()} of {len(solution.placed)} frames could be placed (at least {MIN_PLACED:.0%} are needed): "
+            f"only {solution.placed.sum()} of {len(solution.placed)} frames could be placed (at least {MIN_PLACED:.0%} needed): "
             "tracks break off, by blur, fast motion or something passing close by"
         )
     share = tracks / max(1, len(solution.tracks))
@@ -59,19 +59,19 @@ def require_placed(solution: Solution) -> None:
 
 def require_order(solution: Solution) -> None:
     """Raise RejectedClip when a scene with another depth order fits nearly as well."""
-    if solution.mirror_ratio < MIN_MIRROR_RATIO or solution.mirror_z < MIN_MIRROR_Z:
+    if solution.rival.ratio < MIN_MIRROR_RATIO or solution.rival.z < MIN_MIRROR_Z:
         raise RejectedClip(
-            f"ambiguous: a scene with another depth order fits nearly as well (error {solution.mirror_ratio:.2f} times as large, "
-            f"at least {MIN_MIRROR_RATIO:g}; parts of the picture agree on it by {solution.mirror_z:.1f} deviations, at least "
+            f"ambiguous: a scene with another depth order fits nearly as well (error {solution.rival.ratio:.2f} times as large, "
+            f"at least {MIN_MIRROR_RATIO:g}; parts of the picture agree on it by {solution.rival.z:.1f} deviations, at least "
             f"{MIN_MIRROR_Z:g}): too far a scene, too short a path, or a plane"
         )
 
 
 def require_lens(solution: Solution) -> None:
     """Raise RejectedClip when the clip's lens is neither given nor determined by its tracks."""
-    if not solution.known_lens and not solution.lens_std <= MAX_FOCAL_STD:
+    if not solution.known_lens and not solution.focal_std <= MAX_FOCAL_STD:
         low, high = solution.focal_interval
         raise RejectedClip(
             f"lens not determined: focal lengths from {low:.2f} to {high:.2f} of the long side fit alike (standard deviation "
-            f"{solution.lens_std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside the video (NAME.camera.json)"
+            f"{solution.focal_std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside the video (NAME.camera.json)"
         )

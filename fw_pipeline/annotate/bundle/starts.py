@@ -6,7 +6,7 @@ told from another beforehand, so all are tried, on few frames and points, and wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -131,25 +131,22 @@ def starting_states(
     return stack(states)
 
 
-def coarse(
-    tracks: Tracks, core: Core, obs: Observations, centre: tuple[float, float], logs: list[float], lens: int
-) -> tuple[State, np.ndarray]:
-    """Distinct solutions of the core, cheapest first, at most `SURVIVORS`, and their costs. `obs` are the core's."""
-    xy, seen = tracks.xy[core.points][:, core.frames], tracks.seen[core.points][:, core.frames]
-    bounds = (float(np.log(FOCAL_RANGE[0])), float(np.log(FOCAL_RANGE[1])))
-    state = starting_states(xy, seen, obs.reference, obs, centre, logs)
-    first = adjust(obs, state, Free(lens=0), scale=3.0, steps=6)
-    free = Free(lens=lens, focal_range=bounds)
-    second = adjust(obs, first.state, free, scale=1.5, steps=6)
+def coarse(few: Tracks, obs: Observations, centre: tuple[float, float], logs: list[float], free: Free, size: float) -> State:
+    """Distinct solutions of a clip's core, cheapest first, at most `SURVIVORS`.
+
+    few: the core's points in its frames, `obs` the same; logs: lenses to start from (logs, over the observations' focal length);
+    free: what may move in the end; size: see `grow`. First with the lens fixed and much room for errors, then with less.
+    """
+    state = starting_states(few.xy, few.seen, obs.reference, obs, centre, logs)
+    loose = replace(free, front=False)
+    first = adjust(obs, state, replace(loose, lens=0), scale=3.0 * size, steps=6)
+    second = adjust(obs, first.state, loose, scale=1.5 * size, steps=6)
     order = np.argsort(second.cost, kind="stable")[: max(8, len(state) // 3)]
-    state = second.state.take(order).scaled()
-    third = adjust(obs, state, Free(lens=lens, front=True, focal_range=bounds), scale=0.7, steps=12)
-    kept = distinct(third.state, third.cost, SURVIVORS)
-    state = third.state.take(kept)
+    third = adjust(obs, second.state.take(order).scaled(), free, scale=0.7 * size, steps=12)
+    state = third.state.take(distinct(third.state, third.cost, SURVIVORS))
     both = stack([state, state.mirrored().scaled()])
-    last = adjust(obs, both, Free(lens=lens, front=True, focal_range=bounds), scale=0.7, steps=15)
-    kept = distinct(last.state, last.cost, SURVIVORS)
-    return last.state.take(kept), last.cost[kept]
+    last = adjust(obs, both, free, scale=0.7 * size, steps=15)
+    return last.state.take(distinct(last.state, last.cost, SURVIVORS))
 
 
 def distinct(state: State, cost: np.ndarray, count: int, worst: float = 4.0) -> list[int]:
