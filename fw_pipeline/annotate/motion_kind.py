@@ -8,8 +8,9 @@ from enum import StrEnum
 import cv2
 import numpy as np
 
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy, residuals
+from fw_pipeline.annotate.bundle.adjust import Free, adjust, cauchy, residuals
 from fw_pipeline.annotate.bundle.certainty import BLOCKS, block_of
+from fw_pipeline.annotate.bundle.state import Observations, State
 from fw_pipeline.annotate.tracks import Tracks
 
 # Noise in every direction is halved by whatever takes its part along one line, and parallax does just that: with no depth to

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, cauchy, residuals
+from fw_pipeline.annotate.bundle.adjust import Free, adjust, cauchy, residuals
 from fw_pipeline.annotate.bundle.starts import Core
+from fw_pipeline.annotate.bundle.state import Observations, State
 from fw_pipeline.annotate.pose import fill_poses
 
 CHUNK = 3  # frames placed at a time, on either side

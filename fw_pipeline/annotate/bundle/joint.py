@@ -66,7 +66,7 @@ def joint_lens(solutions: Sequence[Solution]) -> JointLens:
         low, high = np.exp(inside[[0, -1]])
         raise RejectedClip(
             f"lens not determined: over all {len(solutions)} clips of the video focal lengths from {low:.2f} to {high:.2f} of "
-            f"the long side fit alike (standard deviation {found.std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside it"
+            f"the long side fit alike (standard deviation {found.std:.0%}, at most {MAX_FOCAL_STD:.0%}); calibrate it"
         )
     return found
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fw_pipeline.annotate.bundle.adjust import Observations, State
 from fw_pipeline.annotate.bundle.certainty import Profile
+from fw_pipeline.annotate.bundle.state import Observations, State
 from fw_pipeline.annotate.motion_kind import MotionNumbers
 from fw_pipeline.annotate.tracks import Tracks
 
@@ -29,6 +29,7 @@ class LensKnowledge:
     profile: Profile | None = None  # cost over fixed focal lengths
     zoom: float = 0.0  # log of its change over the clip, if it is let change evenly
     zoom_std: float = float("inf")
+    zoom_gain: float = 1.0  # cost with one focal length over the cost with an evenly changing one
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Solution:
     cost: float  # squared pixels, Cauchy's, summed over observations
     lens: LensKnowledge
     rival: Rival
+    path_error: float  # ATE to be expected, see `path_certainty`
+    pose_auc: float  # AUC at 5 degrees to be expected
     motion: MotionNumbers
     state: State = field(repr=False)  # batch 1
     observations: Observations = field(repr=False)
@@ -89,8 +92,8 @@ class Solution:
 
     @property
     def zooms(self) -> bool:
-        """The focal length changes within the clip: by more than 5 %, and by more than five standard deviations."""
-        return abs(self.lens.zoom) > max(0.05, 5 * self.lens.zoom_std)
+        """The focal length changes within the clip: by more than a tenth, and by more than five standard deviations."""
+        return abs(self.lens.zoom) > max(0.1, 5 * self.lens.zoom_std)
 
     def numbers(self) -> dict[str, float]:
         """Everything measured, for a manifest or a report."""
@@ -105,6 +108,8 @@ class Solution:
             "focal_high": high,
             "focal_spread": self.lens.spread,
             "zoom": self.lens.zoom,
+            "path_error": self.path_error,
+            "pose_auc": self.pose_auc,
             "mirror_ratio": self.rival.ratio,
             "mirror_z": self.rival.z,
             **{name: float(value) for name, value in vars(self.motion).items()},

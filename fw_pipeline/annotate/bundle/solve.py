@@ -6,11 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, residuals, stack
-from fw_pipeline.annotate.bundle.certainty import Profile, block_of, compare, focal_profile, lens_certainty, with_log_focal
+from fw_pipeline.annotate.bundle.adjust import Free, adjust, residuals
+from fw_pipeline.annotate.bundle.certainty import (
+    Profile,
+    block_of,
+    compare,
+    focal_profile,
+    lens_certainty,
+    path_certainty,
+    with_log_focal,
+    with_zoom,
+)
 from fw_pipeline.annotate.bundle.grow import SCALE, Grown, expand, grow, replaced, usable
 from fw_pipeline.annotate.bundle.solution import LensKnowledge, Rival, Solution
 from fw_pipeline.annotate.bundle.starts import FOCAL_RANGE, FOCALS, choose_core, coarse, depth_agreement, distinct
+from fw_pipeline.annotate.bundle.state import Observations, State, stack
 from fw_pipeline.annotate.motion_kind import motion_numbers
 from fw_pipeline.annotate.tracks import Tracks
 from fw_pipeline.annotate.types import RejectedClip
@@ -104,6 +114,7 @@ class _Found:
     grown: Grown  # batch 1
     lens: LensKnowledge
     rival: Rival
+    path: tuple[float, float]  # see `path_certainty`
     observations: Observations  # what the search adjusted
     cost: float
 
@@ -130,7 +141,8 @@ class _Search:
         state, cost = last.state.scaled(), float(last.cost[0])
         rival = self._rival(part, grown.known, states, costs, state)
         lens = self._lens(part, state, cost, states, costs, profile)
-        return _Found(Grown(state, grown.placed, grown.known), lens, rival, part, cost)
+        path = path_certainty(part, state, grown.placed, self.block, self.scale, self.free.lens)
+        return _Found(Grown(state, grown.placed, grown.known), lens, rival, path, part, cost)
 
     def _coarse(self) -> State:
         core, camera = self.core, self.camera
@@ -193,15 +205,20 @@ class _Search:
     def _lens(
         self, part: Observations, state: State, cost: float, states: State, costs: np.ndarray, profile: Profile | None
     ) -> LensKnowledge:
-        zoomed = adjust(part, state, Free(lens=2, front=True, focal_range=self.free.focal_range), self.scale, steps=8).state
+        zooming = Free(lens=2, front=True, focal_range=self.free.focal_range)
+        # a zoom pulls the one focal length far away, so it is looked for from every valley
+        tried = stack([state, states.take(np.flatnonzero(costs <= 2 * cost)), with_zoom(state, 0.3), with_zoom(state, -0.3)])
+        found = adjust(part, tried, zooming, self.scale, steps=12, tolerance=1e-3)
+        best = int(np.argmin(found.cost))
+        zoomed = found.state.take([best])
         zoom_std = lens_certainty(part, zoomed, self.block, self.scale, lens=2).zoom_std
-        zoom = float(zoomed.log_focal[0, 1])
+        zoom, gain = float(zoomed.log_focal[0, 1]), cost / max(float(found.cost[best]), 1e-12)
         if profile is None:
-            return LensKnowledge(zoom=zoom, zoom_std=zoom_std)
+            return LensKnowledge(zoom=zoom, zoom_std=zoom_std, zoom_gain=gain)
         sure = lens_certainty(part, state, self.block, self.scale)
         near = np.append(states.log_focal[costs <= NEAR * cost, 0], state.log_focal[0, 0])
         return LensKnowledge(
-            sure.std, float(np.exp(np.ptp(near))), Profile(profile.log_focal, profile.cost, sure.unit), zoom, zoom_std
+            sure.std, float(np.exp(np.ptp(near))), Profile(profile.log_focal, profile.cost, sure.unit), zoom, zoom_std, gain
         )
 
 
@@ -229,6 +246,8 @@ def _assembled(tracks: Tracks, camera: _Camera, obs: Observations, grown: Grown,
         cost=float((camera.scale**2 * np.log1p(squared / camera.scale**2)).sum()),
         lens=found.lens,
         rival=found.rival,
+        path_error=found.path[0],
+        pose_auc=found.path[1],
         motion=motion_numbers(tracks, found.observations, search, found.cost, camera.scale),
         state=state,
         observations=obs,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fw_model.metrics import project_to_so3
-from fw_pipeline.annotate.bundle.adjust import Free, Observations, State, adjust, stack
+from fw_pipeline.annotate.bundle.adjust import Free, adjust
+from fw_pipeline.annotate.bundle.state import Observations, State, stack
 from fw_pipeline.annotate.tracks import Tracks
 
 CORE_FRAMES = 7
