@@ -17,7 +17,9 @@ from fw_pipeline.annotate.tracks import Tracks
 # see, the best scene leaves at least half of the squared error that a turning camera leaves.
 MIN_TURNING_RATIO = 2.0
 MAX_STILL = 0.25  # share of the picture
-MAX_PLANE_RATIO = 1.1
+# Homographies carry noise at both ends, which is what they are compared with: 1.0 to 1.1 for made planes, 1.4 and more for scenes
+# with known depth.
+MAX_PLANE_RATIO = 1.2
 MIN_FORWARD = 0.95
 MIN_ZOOM = 0.05
 STILL = 0.002  # of the long side, over half a clip: what a resting point may seem to move

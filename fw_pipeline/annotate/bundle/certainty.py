@@ -8,7 +8,7 @@ variance (the "sandwich" of clustered statistics) and for the comparison of two 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import hadamard
@@ -32,29 +32,38 @@ class LensCertainty:
 
 @dataclass(frozen=True)
 class Profile:
-    """Cost of the best solution at each of several fixed focal lengths, everything else re-solved."""
+    """What speaks against other focal lengths: costs with the lens fixed and everything else re-solved, and, close to the best,
+    the covariance (a grid is too coarse there)."""
 
     log_focal: np.ndarray  # [G] increasing, log of the focal length over the picture's long side
     cost: np.ndarray  # [G] squared pixels, as `adjust` counts
     unit: float  # see LensCertainty
+    best: float  # log of the focal length found
+    std: float  # see LensCertainty
 
     def evidence(self, log_focal: np.ndarray | float) -> np.ndarray:
-        """Evidence against a lens, like chi squared with one degree of freedom, 0 at the best grid point.
+        """Evidence against a lens, like chi squared with one degree of freedom, 0 at the best.
 
-        Between grid points its root is taken to be straight, which a parabola's is; outside the grid it stays as at the end.
+        Between known points its root is taken to be straight, which a parabola's is; outside the grid it stays as at the end.
         """
-        return np.asarray(np.interp(log_focal, self.log_focal, self._root()) ** 2)
+        place, root = self._roots()
+        return np.asarray(np.interp(log_focal, place, root) ** 2)
 
     def interval(self, level: float = 4.0) -> tuple[float, float]:
         """Smallest and largest log focal length whose evidence is below `level` (4: two standard deviations)."""
-        root, fine = self._root(), np.linspace(self.log_focal[0], self.log_focal[-1], 2000)
-        best = float(self.log_focal[int(np.argmin(self.cost))])
-        inside = fine[np.interp(fine, self.log_focal, root) ** 2 <= level]
-        return min([best, *inside[:1].tolist()]), max([best, *inside[-1:].tolist()])
+        place, root = self._roots()
+        fine = np.union1d(np.linspace(place[0], place[-1], 2000), place)
+        inside = fine[np.interp(fine, place, root) ** 2 <= level]
+        return min(self.best, float(inside[0])), max(self.best, float(inside[-1]))
 
-    def _root(self) -> np.ndarray:
-        value = np.sqrt(np.maximum(self.cost - self.cost.min(), 0) / max(self.unit, 1e-12))
-        return value * np.where(self.log_focal < self.log_focal[int(np.argmin(self.cost))], -1, 1)
+    def _roots(self) -> tuple[np.ndarray, np.ndarray]:
+        far = np.abs(self.log_focal - self.best) > 3 * self.std
+        value = np.sqrt(np.maximum(self.cost[far] - self.cost.min(), 0) / max(self.unit, 1e-12))
+        near = self.best + np.array([-2, 0, 2]) * self.std
+        place = np.concatenate([self.log_focal[far], near])
+        root = np.concatenate([value * np.sign(self.log_focal[far] - self.best), [-2.0, 0, 2.0]])
+        order = np.argsort(place)
+        return place[order], root[order]
 
 
 def block_of(xy: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -206,8 +215,3 @@ def with_log_focal(state: State, log: float) -> State:
     """One solution at another focal length, refocused."""
     factor = np.exp(log - state.log_focal[:, 0])
     return refocused(state, factor)
-
-
-def with_zoom(state: State, zoom: float) -> State:
-    """One solution with a focal length that changes by `zoom` (log) over the clip; the path stays."""
-    return replace(state, log_focal=state.log_focal + np.array([0.0, zoom]))

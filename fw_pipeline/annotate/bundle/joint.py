@@ -46,8 +46,8 @@ class JointLens:
 def joint_lens(solutions: Sequence[Solution]) -> JointLens:
     """One focal length for the clips of a video, solved apart and all without a known lens.
 
-    Clips whose motion shows no depth may be among them: turning tells the lens too. The largest group of clips that agree
-    gives the lens; clips that contradict it are marked, and keep their own.
+    Clips whose motion shows no depth may be among them: turning tells the lens too. The clips that agree give the
+    lens; clips that contradict them are marked, and keep their own.
 
     Raises ValueError without clips or for a clip with a given lens; RejectedClip when no clip determines the lens.
     """

@@ -92,8 +92,12 @@ class Solution:
 
     @property
     def zooms(self) -> bool:
-        """The focal length changes within the clip: by more than a tenth, and by more than five standard deviations."""
-        return abs(self.lens.zoom) > max(0.1, 5 * self.lens.zoom_std)
+        """The focal length changes within the clip: by more than a tenth and five standard deviations, and all fits better by it.
+
+        Going forward and zooming look alike where little depth is seen; clips of cameras that do not zoom had gains up to 1.3,
+        made zooms 2.8 and more.
+        """
+        return abs(self.lens.zoom) > max(0.1, 5 * self.lens.zoom_std) and self.lens.zoom_gain > 1.5
 
     def numbers(self) -> dict[str, float]:
         """Everything measured, for a manifest or a report."""

@@ -15,7 +15,6 @@ from fw_pipeline.annotate.bundle.certainty import (
     lens_certainty,
     path_certainty,
     with_log_focal,
-    with_zoom,
 )
 from fw_pipeline.annotate.bundle.grow import SCALE, Grown, expand, grow, replaced, usable
 from fw_pipeline.annotate.bundle.solution import LensKnowledge, Rival, Solution
@@ -69,6 +68,15 @@ def _some_points(tracks: Tracks, frames: np.ndarray) -> np.ndarray:
     block = block_of(tracks.xy[index, born], tracks.height, tracks.width)
     order = np.lexsort((born, block))
     return np.sort(index[order[np.linspace(0, len(index) - 1, SEARCH_POINTS).astype(int)]])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Costs at fixed focal lengths, and what letting the lens zoom would change."""
+
+    log_focal: np.ndarray  # [G]
+    cost: np.ndarray  # [G]
+    zoom: tuple[float, float, float]  # see `_Search._zoom`
 
 
 @dataclass(frozen=True)
@@ -134,13 +142,13 @@ class _Search:
             self.obs, self.core, self._coarse(), Free(lens=self.free.lens, focal_range=self.free.focal_range), self.camera.size
         )
         part = self.obs.select(usable(self.obs, grown.placed, grown.known))
-        states, costs, profile = self._candidates(part, grown)
+        states, costs, curve = self._candidates(part, grown)
         best = states.take([int(np.argmin(costs))])
         best = adjust(part, best, self.free, self.scale, steps=10).state
         last = adjust(part, replaced(part, best, self.scale), self.free, self.scale, steps=20, tolerance=1e-5)
         state, cost = last.state.scaled(), float(last.cost[0])
         rival = self._rival(part, grown.known, states, costs, state)
-        lens = self._lens(part, state, cost, states, costs, profile)
+        lens = LensKnowledge() if curve is None else self._lens(part, state, cost, states, costs, curve)
         path = path_certainty(part, state, grown.placed, self.block, self.scale, self.free.lens)
         return _Found(Grown(state, grown.placed, grown.known), lens, rival, path, part, cost)
 
@@ -151,21 +159,21 @@ class _Search:
         logs = [0.0] if camera.known else [float(np.log(f)) for f in FOCALS]
         return coarse(few, obs, camera.centre, logs, self.free, camera.size)
 
-    def _candidates(self, part: Observations, grown: Grown) -> tuple[State, np.ndarray, Profile | None]:
+    def _candidates(self, part: Observations, grown: Grown) -> tuple[State, np.ndarray, Curve | None]:
         """(solutions, their costs, the profile): those of the starts that differ, the best one's mirror, and, with a free lens,
         every valley of the profile."""
         fine = adjust(part, grown.state, self.free, self.scale, steps=10, tolerance=1e-3)
         chosen = distinct(fine.state, fine.cost, 3, worst=2.0)
         state, cost = fine.state.take(chosen), fine.cost[chosen]
         mirror = state.take([0]).mirrored().scaled()
-        extra, profile = [mirror], None
+        extra, curve = [mirror], None
         if not self.camera.known:
-            profile, valleys = self._profile(part, grown.known, state)
+            curve, valleys = self._profile(part, grown.known, state)
             extra.append(valleys)
         more = adjust(part, stack(extra), self.free, self.scale, steps=15, tolerance=1e-3)
-        return stack([state, more.state]), np.concatenate([cost, more.cost]), profile
+        return stack([state, more.state]), np.concatenate([cost, more.cost]), curve
 
-    def _profile(self, part: Observations, known: np.ndarray, state: State) -> tuple[Profile, State]:
+    def _profile(self, part: Observations, known: np.ndarray, state: State) -> tuple[Curve, State]:
         """Basins x fixed focal lengths on a part of the points; the valleys as solutions of all points."""
         few = part.select(self._sample(known)[part.point])
         logs = np.unique((state.log_focal[0, 0] + OFFSETS).clip(*self.free.focal_range))
@@ -183,7 +191,8 @@ class _Search:
             chosen.log_focal,
         )
         whole = adjust(part, whole, Free(poses=False, lens=0, front=True), self.scale, steps=5, tolerance=1e-3).state
-        return Profile(logs, cost * (len(part.point) / len(few.point)), unit=np.nan), whole
+        zoom = self._zoom(few, solved, float(cost.min()))
+        return Curve(logs, cost * (len(part.point) / len(few.point)), zoom), whole
 
     def _sample(self, known: np.ndarray) -> np.ndarray:
         """[N] bool: known points for the profile, the same number from every block of the picture as far as there are, long ones
@@ -202,24 +211,25 @@ class _Search:
                 return Rival(*compare(part, best, states.take([int(index)]), self.block, self.scale))
         return Rival()
 
-    def _lens(
-        self, part: Observations, state: State, cost: float, states: State, costs: np.ndarray, profile: Profile | None
-    ) -> LensKnowledge:
+    def _zoom(self, few: Observations, solved: State, cost: float) -> tuple[float, float, float]:
+        """(log change of the focal length over the clip, its standard deviation, cost without a zoom over cost with one).
+
+        A zoom pulls the one focal length of all frames far away, so it is looked for from solutions at many of them.
+        """
         zooming = Free(lens=2, front=True, focal_range=self.free.focal_range)
-        # a zoom pulls the one focal length far away, so it is looked for from every valley
-        tried = stack([state, states.take(np.flatnonzero(costs <= 2 * cost)), with_zoom(state, 0.3), with_zoom(state, -0.3)])
-        found = adjust(part, tried, zooming, self.scale, steps=12, tolerance=1e-3)
+        found = adjust(few, solved.take(np.arange(1, len(solved), 2)), zooming, self.scale, steps=18, tolerance=1e-3)
         best = int(np.argmin(found.cost))
         zoomed = found.state.take([best])
-        zoom_std = lens_certainty(part, zoomed, self.block, self.scale, lens=2).zoom_std
-        zoom, gain = float(zoomed.log_focal[0, 1]), cost / max(float(found.cost[best]), 1e-12)
-        if profile is None:
-            return LensKnowledge(zoom=zoom, zoom_std=zoom_std, zoom_gain=gain)
+        std = lens_certainty(few, zoomed, self.block, self.scale, lens=2).zoom_std
+        return float(zoomed.log_focal[0, 1]), std, cost / max(float(found.cost[best]), 1e-12)
+
+    def _lens(
+        self, part: Observations, state: State, cost: float, states: State, costs: np.ndarray, curve: Curve
+    ) -> LensKnowledge:
         sure = lens_certainty(part, state, self.block, self.scale)
+        profile = Profile(curve.log_focal, curve.cost, sure.unit, float(state.log_focal[0, 0]), sure.std)
         near = np.append(states.log_focal[costs <= NEAR * cost, 0], state.log_focal[0, 0])
-        return LensKnowledge(
-            sure.std, float(np.exp(np.ptp(near))), Profile(profile.log_focal, profile.cost, sure.unit), zoom, zoom_std, gain
-        )
+        return LensKnowledge(sure.std, float(np.exp(np.ptp(near))), profile, *curve.zoom)
 
 
 def _assembled(tracks: Tracks, camera: _Camera, obs: Observations, grown: Grown, found: _Found) -> Solution:
