@@ -13,9 +13,9 @@ from fw_pipeline.annotate.bundle.joint import JointLens, joint_lens
 from fw_pipeline.annotate.bundle.refuse import check
 from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.bundle.solve import solve
-from fw_pipeline.annotate.plane_sweep import SweepSettings, depth_range, sweep_depth
-from fw_pipeline.annotate.pose import fill_poses
+from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings, depth_range, sweep_depth
 from fw_pipeline.annotate.tracks import Tracks, TrackSettings, follow
+from fw_pipeline.annotate.trajectory import fill_poses
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 
 CODE_VERSION = 1

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from fw_pipeline.annotate.bundle.adjust import Free, adjust, cauchy, residuals
 from fw_pipeline.annotate.bundle.starts import Core
 from fw_pipeline.annotate.bundle.state import Observations, State
-from fw_pipeline.annotate.pose import fill_poses
+from fw_pipeline.annotate.trajectory import fill_poses
 
 CHUNK = 3  # frames placed at a time, on either side
 MIN_SEEN = 12  # known points that a frame must show to be placed
