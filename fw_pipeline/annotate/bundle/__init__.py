@@ -1,0 +1,1 @@
+"""Cameras, lens and points from tracks, by bundle adjustment from many starts."""
