@@ -13,6 +13,7 @@ import numpy as np
 
 from fw_pipeline.annotate.bundle.refuse import MAX_FOCAL_STD
 from fw_pipeline.annotate.bundle.solution import Solution
+from fw_pipeline.annotate.lens import Lens
 from fw_pipeline.annotate.types import RejectedClip
 
 # What the covariance does not know of: drift of patches that all clips share, lens distortion, rolling shutters. Measured on
@@ -32,6 +33,11 @@ class JointLens:
     clips: np.ndarray  # [C] bool: clips that the lens holds for; the others contradict it
     each: np.ndarray  # [C] focal length of each clip alone
     each_std: np.ndarray  # [C]
+
+    def lens(self, height: int, width: int) -> Lens:
+        """The pinhole it is in pictures of height x width."""
+        pixels = self.focal * max(height, width)
+        return Lens(pixels, pixels, width / 2, height / 2, height, width, std=self.std, source="video")
 
     @property
     def determined(self) -> bool:
