@@ -36,6 +36,9 @@ class MotionKind(StrEnum):
     MIXED = "mixed"
 
 
+NO_DEPTH = frozenset({MotionKind.STILL, MotionKind.TURNING, MotionKind.ZOOMING})
+
+
 @dataclass(frozen=True)
 class MotionNumbers:
     """Costs are compared on the same observations with the same robust cost; 1 means: explained as well as by depth."""

@@ -250,6 +250,15 @@ def test_clips_none_of_which_can_tell_are_refused(walk: tuple[Made, Solution]) -
         joint_lens([with_profile(found, 1.0, 0.5), with_profile(found, 1.5, 0.5)])
 
 
+def test_a_clip_that_shows_no_depth_is_no_witness(walk: tuple[Made, Solution]) -> None:
+    _, found = walk
+    turning = replace(found, motion=replace(found.motion, turning_ratio=1.2))
+    lens = joint_lens([with_profile(found, 0.8, 0.02), with_profile(turning, 1.5, 0.01)])
+    assert lens.focal == pytest.approx(0.8, rel=0.01)
+    with pytest.raises(RejectedClip, match="in none of"):
+        joint_lens([with_profile(turning, 1.5, 0.01)])
+
+
 def test_a_clip_with_another_lens_is_named_and_keeps_its_own(walk: tuple[Made, Solution]) -> None:
     _, found = walk
     lens = joint_lens([with_profile(found, f, 0.01) for f in (0.8, 0.81, 1.3)])

@@ -62,12 +62,14 @@ class BundleEngine:
     def solve_video(self, solutions: Sequence[Solution]) -> tuple[list[Solution], JointLens]:
         """Clips of one video, each solved alone without a known lens -> the same with the lens they share.
 
-        A clip that contradicts the others (a zoom between clips) keeps its own. Raises RejectedClip when all clips together
-        do not determine the lens.
+        A clip that contradicts the others (a zoom between clips) keeps its own, and so does a video's only clip. Raises
+        RejectedClip when all clips together do not determine the lens.
         """
         lens = joint_lens(solutions)
+        if len(solutions) == 1:
+            return list(solutions), lens
         together = [
-            solve(s.tracks, _pinhole(lens.focal, s.tracks.height, s.tracks.width)) if shared else s
+            solve(s.tracks, lens.lens(s.tracks.height, s.tracks.width).intrinsics) if shared else s
             for s, shared in zip(solutions, lens.clips, strict=True)
         ]
         return together, lens
@@ -129,8 +131,3 @@ def first_camera_world(solution: Solution) -> tuple[np.ndarray, np.ndarray]:
     moved = np.concatenate([turned, (w2c[:, :, 3] - turned @ translation)[..., None]], -1)
     moved[0] = np.eye(3, 4)
     return moved, solution.points @ rotation.T + translation
-
-
-def _pinhole(focal: float, height: int, width: int) -> np.ndarray:
-    pixels = focal * max(height, width)
-    return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1.0]])

@@ -13,6 +13,8 @@ import numpy as np
 
 from fw_pipeline.annotate.bundle.refuse import MAX_FOCAL_STD
 from fw_pipeline.annotate.bundle.solution import Solution
+from fw_pipeline.annotate.lens import Lens
+from fw_pipeline.annotate.motion_kind import NO_DEPTH, motion_kind
 from fw_pipeline.annotate.types import RejectedClip
 
 # What the covariance does not know of: drift of patches that all clips share, lens distortion, rolling shutters. Measured on
@@ -33,6 +35,11 @@ class JointLens:
     each: np.ndarray  # [C] focal length of each clip alone
     each_std: np.ndarray  # [C]
 
+    def lens(self, height: int, width: int) -> Lens:
+        """The pinhole it is in pictures of height x width."""
+        pixels = self.focal * max(height, width)
+        return Lens(pixels, pixels, width / 2, height / 2, height, width, std=self.std, source="video")
+
     @property
     def determined(self) -> bool:
         return bool(self.std <= MAX_FOCAL_STD)
@@ -46,22 +53,27 @@ class JointLens:
 def joint_lens(solutions: Sequence[Solution]) -> JointLens:
     """One focal length for the clips of a video, solved apart and all without a known lens.
 
-    Clips whose motion shows no depth may be among them: turning tells the lens too. The clips that agree give the
-    lens; clips that contradict them are marked, and keep their own.
+    Clips whose motion shows no depth are no witnesses, though they may be among them: what they say of the lens hangs on the
+    noise. The clips that agree give the lens; clips that contradict them are marked, and keep their own.
 
     Raises ValueError without clips or for a clip with a given lens; RejectedClip when no clip determines the lens.
     """
     if not solutions or any(s.lens.profile is None for s in solutions):
         raise ValueError("a joint lens needs clips solved without a known lens")
+    witness = np.array([motion_kind(s.motion) not in NO_DEPTH for s in solutions])
+    if not witness.any():
+        raise RejectedClip(f"lens not determined: in none of the video's {len(solutions)} clips the camera's motion shows depth")
     curves = np.stack([_evidence(s) for s in solutions])
     each = np.array([s.focal for s in solutions])
     std = np.hypot([s.focal_std for s in solutions], FLOOR)
+    curves[~witness] = 0
     agree = _agreeing(curves, np.log(each))
     total = curves[agree].sum(0)
     best = int(np.argmin(total))
     inside = GRID[total <= total[best] + 4]
     width = float(inside[-1] - inside[0]) / 4
-    found = JointLens(float(np.exp(GRID[best])), max(width, FLOOR / np.sqrt(agree.sum())), agree, each, std)
+    width = max(width, FLOOR / np.sqrt((agree & witness).sum()))
+    found = JointLens(float(np.exp(GRID[best])), width, agree, each, std)
     if not found.determined:
         low, high = np.exp(inside[[0, -1]])
         raise RejectedClip(
