@@ -194,7 +194,7 @@ class WanBackbone(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
     ) -> Tensor:
         """Predict the flow velocity (noise - clean latents).
@@ -204,13 +204,13 @@ class WanBackbone(nn.Module):
             image_latents: same shape; frame 0 holds the first image, the rest is zero (all zero: no image).
             timestep: [B] in 0..1000.
             text: [B, up to text_len, text_dim] prompt embeddings; shorter ones are padded with zeros, as the base was trained.
-            clip: [B, image_tokens, image_dim] CLIP features of the first image (zeros: no image).
+            image_features: [B, image_tokens, image_dim] CLIP features of the first image (zeros: no image).
             camera: [B, 24, F, H, W] control latents, or None for no camera control.
 
         Returns:
             velocity [B, 16, F, H/8, W/8] in the weights' dtype.
         """
-        hidden, cond = self.embed(latents, image_latents, timestep, text, clip, camera)
+        hidden, cond = self.embed(latents, image_latents, timestep, text, image_features, camera)
         for i in range(self.config.num_layers):
             hidden = self.block(i, hidden, cond)
         return self.head(hidden, cond)
@@ -221,7 +221,7 @@ class WanBackbone(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
     ) -> tuple[Tensor, Conditioning]:
         """Inputs as for `forward` -> (tokens [B, N, D], conditioning of every block).
@@ -229,7 +229,7 @@ class WanBackbone(nn.Module):
         Raises:
             ValueError: shapes that do not go together.
         """
-        self._check_inputs(latents, image_latents, text, clip, camera)
+        self._check_inputs(latents, image_latents, text, image_features, camera)
         dtype, model = self.dtype, self.transformer
         x = model.patch_embedding(torch.cat([latents, image_latents], dim=1).to(dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
@@ -238,7 +238,7 @@ class WanBackbone(nn.Module):
             hidden = hidden + self.control_adapter(camera.to(dtype))
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
         embedder = model.condition_embedder
-        context = torch.cat([embedder.image_embedder(clip.to(dtype)), embedder.text_embedder(text.to(dtype))], dim=1)
+        context = torch.cat([embedder.image_embedder(image_features.to(dtype)), embedder.text_embedder(text.to(dtype))], dim=1)
         time, modulation = self._time(timestep)
         rotary = rope_3d(self.config.head_dim, grid, hidden.device)
         return hidden.contiguous(), Conditioning(context, time, modulation, rotary, grid)
@@ -269,7 +269,9 @@ class WanBackbone(nn.Module):
             modulation = _linear_fp32(embedder.time_proj, F.silu(time))
         return time, modulation.unflatten(1, (6, -1))
 
-    def _check_inputs(self, latents: Tensor, image_latents: Tensor, text: Tensor, clip: Tensor, camera: Tensor | None) -> None:
+    def _check_inputs(
+        self, latents: Tensor, image_latents: Tensor, text: Tensor, image_features: Tensor, camera: Tensor | None
+    ) -> None:
         config = self.config
         if latents.shape != image_latents.shape or latents.ndim != 5 or 2 * latents.shape[1] != config.in_dim:
             raise ValueError(
@@ -281,8 +283,10 @@ class WanBackbone(nn.Module):
             raise ValueError(f"latents of {rows} x {columns}: both must be even (the video's sides multiples of 16)")
         if text.ndim != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
             raise ValueError(f"text {list(text.shape)} must be [B, at most {config.text_len}, {config.text_dim}]")
-        if clip.shape[1:] != (config.image_tokens, config.image_dim):
-            raise ValueError(f"clip {list(clip.shape)} must be [B, {config.image_tokens}, {config.image_dim}]")
+        if image_features.shape[1:] != (config.image_tokens, config.image_dim):
+            raise ValueError(
+                f"image_features {list(image_features.shape)} must be [B, {config.image_tokens}, {config.image_dim}]"
+            )
         expected = (batch, config.control_channels, frames, rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE)
         if camera is not None and camera.shape != expected:
             raise ValueError(f"camera {list(camera.shape)} must be {list(expected)} to go with latents {list(latents.shape)}")

@@ -151,7 +151,7 @@ class FantasyWorld(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
         *,
         pose_mask: Tensor | None = None,
@@ -159,7 +159,7 @@ class FantasyWorld(nn.Module):
         """Run one denoising step of the video together with its geometry.
 
         Args:
-            latents, image_latents, timestep, text, clip: as for `WanBackbone.forward`.
+            latents, image_latents, timestep, text, image_features: as for `WanBackbone.forward`.
             camera: [B, 24, F, H, W] control latents, or None for no camera.
             pose_mask: [B] bool; False keeps that clip's pose tokens from the geometry branch. They reach the base's
                 control adapter and the stage-2 camera adapters in any case. None: all are seen.
@@ -171,7 +171,7 @@ class FantasyWorld(nn.Module):
         joined = self.stage == "stage2"
         pose = None if camera is None else self.pose_encoder(camera)
         with torch.set_grad_enabled(joined and torch.is_grad_enabled()):
-            hidden, cond = self.base.embed(latents, image_latents, timestep, text, clip, camera)
+            hidden, cond = self.base.embed(latents, image_latents, timestep, text, image_features, camera)
             for i, adapter in enumerate(self.camera_adapters):
                 if joined and pose is not None:
                     hidden = adapter(hidden, pose)

@@ -72,7 +72,7 @@ def inputs(batch: int = 1, frames: int = 3, height: int = 32, width: int = 48, w
         "image_latents": normal(*latent),
         "timestep": torch.linspace(900.0, 300.0, batch),
         "text": normal(batch, wan.text_len, wan.text_dim),
-        "clip": normal(batch, wan.image_tokens, wan.image_dim),
+        "image_features": normal(batch, wan.image_tokens, wan.image_dim),
         "camera": normal(batch, wan.control_channels, frames, height, width),
     }
 
