@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -33,10 +34,15 @@ class Import:
 
 
 def python_files() -> dict[str, Path]:
-    """Module name -> file, for all Python that git tracks or would track."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    return {module_name(name): ROOT / name for name in listed if (ROOT / name).exists()}
+    """Module name -> file."""
+    return {module_name(name): ROOT / name for name in tracked("*.py")}
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Paths of the files that git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).exists()]
 
 
 def module_name(path: str) -> str:
@@ -175,6 +181,15 @@ def test_nothing_but_tests_imports_tests_and_nothing_imports_a_test_module(impor
         return not within(found.source, "tests") or any(part.startswith("test_") for part in found.target.split("."))
 
     assert wrong(imports, taken_from_a_test) == []
+
+
+def test_files_beside_the_code_are_packed_with_it() -> None:
+    """Presets and the report's page: an installed package must have them too."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packed = {path for package, globs in declared.items() for glob in globs for path in (ROOT / package).glob(glob)}
+    others = {ROOT / name for name in tracked("fw_model", "fw_pipeline") if not name.endswith(".py")}
+    assert others == packed
+    assert ROOT / "fw_model/report/page.html.j2" in packed
 
 
 def test_what_reads_imports_sees_every_way_to_write_one() -> None:
