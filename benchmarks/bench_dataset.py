@@ -39,12 +39,13 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fw_model.cameras import make_trajectory, unproject
+from fw_model.cameras import unproject
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.manifest import MANIFEST, write_table
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
+from fw_model.trajectories import make_trajectory
 from fw_pipeline.guide_layout.exporter import export_guide
 
 T, H, W = 81, 336, 592

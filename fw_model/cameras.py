@@ -1,4 +1,4 @@
-"""Cameras: pose files, Plücker rays and control latents, (un)projection, the 9-D pose encoding, trajectories.
+"""Cameras: pose files, Plücker rays and control latents, (un)projection, the 9-D pose encoding.
 
 Conventions: w2c [3, 4] maps world to camera, x_cam = R x_world + t, with OpenCV axes (x right, y down, z forward);
 intrinsics K [3, 3] are in pixels of the H x W image, skew 0; pixel (row v, column u) has its centre at (u + 0.5, v + 0.5);
@@ -8,7 +8,7 @@ depth is z-depth. Functions are batched over leading dimensions and run on the d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,7 +254,7 @@ def read_pose_file(
             raise PoseFileError(f"{path}:{i + 1 + header}: {count} numbers, but the rows before have {counts[0]}")
     lens = torch.tensor([lens for _, lens, _ in rows], dtype=torch.float64)
     poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64)
-    cameras = _with_lens(poses.float().unflatten(-1, (3, 4)), lens, source_height, source_width)
+    cameras = with_lens(poses.float().unflatten(-1, (3, 4)), lens, source_height, source_width)
     return cameras.resized(height or source_height, width or source_width)
 
 
@@ -287,7 +287,7 @@ def write_pose_file(
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _with_lens(w2c: Tensor, lens: Tensor, height: int, width: int) -> Cameras:
+def with_lens(w2c: Tensor, lens: Tensor, height: int, width: int) -> Cameras:
     """w2c [T, 3, 4], lens [T, 4] (fx, fy, cx, cy as shares of a height x width image) -> float32 cameras of that image."""
     pixels = lens * lens.new_tensor([width, height, width, height])
     return Cameras(w2c, _intrinsics(*pixels.float().unbind(-1)), size=(height, width))
@@ -329,91 +329,3 @@ def _parse_row(where: str, fields: Sequence[str]) -> tuple[int, tuple[float, ...
     if off > _ROTATION_TOLERANCE or torch.linalg.det(rotation) < 0:
         raise PoseFileError(f"{where}: not a rotation: the 3x3 part of w2c is off orthonormal by {off:.2g} or mirrors")
     return len(numbers), lens, pose
-
-
-# --------------------------------------------------------------------------------------------------- trajectories
-
-
-def pan(frames: int, degrees: float = 30.0) -> Tensor:
-    """w2c [T, 3, 4]: the camera stays and turns about its y axis, to the right for positive degrees."""
-    return _look(_turn_y(_ramp(frames) * math.radians(degrees)), torch.zeros(frames, 3))
-
-
-def tilt(frames: int, degrees: float = 20.0) -> Tensor:
-    """w2c [T, 3, 4]: the camera stays and turns about its x axis, upwards for positive degrees."""
-    return _look(_turn_x(_ramp(frames) * math.radians(degrees)), torch.zeros(frames, 3))
-
-
-def zoom(frames: int, distance: float = 0.5) -> Tensor:
-    """w2c [T, 3, 4]: the camera moves along its optical axis, forwards for positive distance (clip units).
-
-    The lens does not change: this is what the base model's own pose files call zoom.
-    """
-    return _look(torch.eye(3).expand(frames, 3, 3), _ramp(frames)[:, None] * torch.tensor([0.0, 0.0, distance]))
-
-
-def orbit(frames: int, degrees: float = 45.0, radius: float = 1.0) -> Tensor:
-    """w2c [T, 3, 4]: a level circle around the point `radius` (clip units) ahead of the first camera, looking at it.
-
-    The camera moves to its right for positive degrees; after 360 it is where it began.
-    """
-    rotation = _turn_y(_ramp(frames) * math.radians(-degrees))
-    target = torch.tensor([0.0, 0.0, radius])
-    return _look(rotation, target - rotation @ target)
-
-
-def spiral(frames: int, turns: float = 2.0, radius: float = 0.2, forward: float = 0.3, distance: float = 1.0) -> Tensor:
-    """w2c [T, 3, 4]: a circle about the optical axis that widens from 0 to `radius` while the camera moves `forward`,
-    looking at the point `distance` ahead of the first camera (all in clip units, distance > forward)."""
-    along = _ramp(frames)
-    angle = 2 * math.pi * turns * along
-    centres = torch.stack([radius * along * angle.cos(), radius * along * angle.sin(), forward * along], dim=-1)
-    towards = F.normalize(torch.tensor([0.0, 0.0, distance]) - centres, dim=-1)
-    x, y, z = towards.unbind(-1)
-    rotation = _turn_y(torch.atan2(x, z)) @ _turn_x(torch.asin(-y))
-    return _look(rotation, centres)
-
-
-TRAJECTORIES: dict[str, Callable[[int], Tensor]] = {
-    "pan_left": lambda frames: pan(frames, -30.0),
-    "pan_right": lambda frames: pan(frames, 30.0),
-    "tilt_up": lambda frames: tilt(frames, 20.0),
-    "tilt_down": lambda frames: tilt(frames, -20.0),
-    "zoom_in": lambda frames: zoom(frames, 0.5),
-    "zoom_out": lambda frames: zoom(frames, -0.5),
-    "orbit_left": lambda frames: orbit(frames, -45.0),
-    "orbit_right": lambda frames: orbit(frames, 45.0),
-    "orbit_360deg": lambda frames: orbit(frames, 360.0),
-    "spiral": spiral,
-}
-
-
-def make_trajectory(name: str, frames: int, height: int, width: int) -> Cameras:
-    """Cameras of a named trajectory with `DEFAULT_LENS` on a height x width image; raises ValueError with the names there are."""
-    if name not in TRAJECTORIES:
-        raise ValueError(f"no trajectory {name!r}; there are: {', '.join(TRAJECTORIES)}")
-    if frames < 1:
-        raise ValueError(f"a trajectory needs at least one frame, got {frames}")
-    lens = torch.tensor(DEFAULT_LENS, dtype=torch.float64).expand(frames, -1)
-    return _with_lens(TRAJECTORIES[name](frames), lens, 720, 1280).resized(height, width)
-
-
-def _ramp(frames: int) -> Tensor:
-    return torch.linspace(0.0, 1.0, frames)
-
-
-def _look(rotation: Tensor, centres: Tensor) -> Tensor:
-    """Camera-to-world rotations [T, 3, 3] and centres [T, 3] -> w2c [T, 3, 4], first camera the identity."""
-    return relative_to_first(invert_pose(torch.cat([rotation, centres[..., None]], dim=-1)))
-
-
-def _turn_y(angle: Tensor) -> Tensor:
-    """Camera-to-world rotations [T, 3, 3] that turn the view to the right by `angle` radians."""
-    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([c, zero, s, zero, one, zero, -s, zero, c], dim=-1).unflatten(-1, (3, 3))
-
-
-def _turn_x(angle: Tensor) -> Tensor:
-    """Camera-to-world rotations [T, 3, 3] that turn the view upwards by `angle` radians."""
-    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([one, zero, zero, zero, c, -s, zero, s, c], dim=-1).unflatten(-1, (3, 3))

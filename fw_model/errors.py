@@ -20,3 +20,7 @@ class MissingDatasetError(DatasetError, FileNotFoundError):
 
 class PackInProgressError(DatasetError):
     """Another process is packing into the same folder."""
+
+
+class ConfigError(ValueError):
+    """A preset, file or override that cannot be used; the message names the key and what is accepted."""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fw_model.config import ClipConfig, ConfigError, Preset, load_preset, parse_preset, preset_names
+from fw_model.config import ClipConfig, ConfigError, Preset, load_preset, parse_preset
+from fw_model.preset_files import preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -230,7 +230,7 @@ def step_inputs(wan: WanConfig, size: ClipSize) -> tuple[dict[str, Tensor], Targ
         "image_latents": torch.randn(latent),
         "timestep": torch.linspace(900.0, 300.0, batch),
         "text": torch.randn(batch, wan.text_len, wan.text_dim),
-        "clip": torch.randn(batch, wan.image_tokens, wan.image_dim),
+        "image_features": torch.randn(batch, wan.image_tokens, wan.image_dim),
         "camera": torch.randn(batch, wan.control_channels, size.latent_frames, height, width),
         "pose_mask": torch.ones(batch, dtype=torch.bool),
     }

@@ -2,7 +2,8 @@
 
 Run whole with `forward`, or in stages (`embed`, `block`, `head`) so that a geometry branch can run beside it.
 
-Shape suffixes: B clips, F latent frames, h x w patch grid (16 x 16 pixels each), N = F*h*w tokens, D = dim.
+Shape suffixes: B clips, F latent frames, h x w patch grid (16 x 16 pixels each), N = F*h*w tokens, D = dim. What passes from
+module to module carries them (`hidden_BND`); a model's inputs are named plainly, with their shapes in the docstring.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class WanBackbone(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
     ) -> Tensor:
         """Predict the flow velocity (noise - clean latents).
@@ -204,16 +205,16 @@ class WanBackbone(nn.Module):
             image_latents: same shape; frame 0 holds the first image, the rest is zero (all zero: no image).
             timestep: [B] in 0..1000.
             text: [B, up to text_len, text_dim] prompt embeddings; shorter ones are padded with zeros, as the base was trained.
-            clip: [B, image_tokens, image_dim] CLIP features of the first image (zeros: no image).
+            image_features: [B, image_tokens, image_dim] CLIP features of the first image (zeros: no image).
             camera: [B, 24, F, H, W] control latents, or None for no camera control.
 
         Returns:
             velocity [B, 16, F, H/8, W/8] in the weights' dtype.
         """
-        hidden, cond = self.embed(latents, image_latents, timestep, text, clip, camera)
+        hidden_BND, cond = self.embed(latents, image_latents, timestep, text, image_features, camera)
         for i in range(self.config.num_layers):
-            hidden = self.block(i, hidden, cond)
-        return self.head(hidden, cond)
+            hidden_BND = self.block(i, hidden_BND, cond)
+        return self.head(hidden_BND, cond)
 
     def embed(
         self,
@@ -221,7 +222,7 @@ class WanBackbone(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
     ) -> tuple[Tensor, Conditioning]:
         """Inputs as for `forward` -> (tokens [B, N, D], conditioning of every block).
@@ -229,29 +230,29 @@ class WanBackbone(nn.Module):
         Raises:
             ValueError: shapes that do not go together.
         """
-        self._check_inputs(latents, image_latents, text, clip, camera)
+        self._check_inputs(latents, image_latents, text, image_features, camera)
         dtype, model = self.dtype, self.transformer
         x = model.patch_embedding(torch.cat([latents, image_latents], dim=1).to(dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        hidden = x.flatten(2).transpose(1, 2)
+        hidden_BND = x.flatten(2).transpose(1, 2)
         if camera is not None:
-            hidden = hidden + self.control_adapter(camera.to(dtype))
+            hidden_BND = hidden_BND + self.control_adapter(camera.to(dtype))
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
         embedder = model.condition_embedder
-        context = torch.cat([embedder.image_embedder(clip.to(dtype)), embedder.text_embedder(text.to(dtype))], dim=1)
+        context = torch.cat([embedder.image_embedder(image_features.to(dtype)), embedder.text_embedder(text.to(dtype))], dim=1)
         time, modulation = self._time(timestep)
-        rotary = rope_3d(self.config.head_dim, grid, hidden.device)
-        return hidden.contiguous(), Conditioning(context, time, modulation, rotary, grid)
+        rotary = rope_3d(self.config.head_dim, grid, hidden_BND.device)
+        return hidden_BND.contiguous(), Conditioning(context, time, modulation, rotary, grid)
 
-    def block(self, i: int, hidden: Tensor, cond: Conditioning) -> Tensor:
+    def block(self, i: int, hidden_BND: Tensor, cond: Conditioning) -> Tensor:
         """Run block i: [B, N, D] -> [B, N, D]."""
-        return self.transformer.blocks[i](hidden, cond.context, cond.modulation, cond.rotary)
+        return self.transformer.blocks[i](hidden_BND, cond.context, cond.modulation, cond.rotary)
 
-    def head(self, hidden: Tensor, cond: Conditioning) -> Tensor:
+    def head(self, hidden_BND: Tensor, cond: Conditioning) -> Tensor:
         """Tokens after the last block [B, N, D] -> velocity [B, 16, F, H/8, W/8]."""
         model = self.transformer
         shift, scale = (model.scale_shift_table.float() + cond.time.unsqueeze(1)).chunk(2, dim=1)
-        x = (model.norm_out(hidden.float()) * (1 + scale) + shift).to(self.dtype)
+        x = (model.norm_out(hidden_BND.float()) * (1 + scale) + shift).to(self.dtype)
         x = model.proj_out(x).unflatten(1, cond.grid).unflatten(-1, (*PATCH, -1))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # B C F pt h ph w pw
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -269,7 +270,9 @@ class WanBackbone(nn.Module):
             modulation = _linear_fp32(embedder.time_proj, F.silu(time))
         return time, modulation.unflatten(1, (6, -1))
 
-    def _check_inputs(self, latents: Tensor, image_latents: Tensor, text: Tensor, clip: Tensor, camera: Tensor | None) -> None:
+    def _check_inputs(
+        self, latents: Tensor, image_latents: Tensor, text: Tensor, image_features: Tensor, camera: Tensor | None
+    ) -> None:
         config = self.config
         if latents.shape != image_latents.shape or latents.ndim != 5 or 2 * latents.shape[1] != config.in_dim:
             raise ValueError(
@@ -281,8 +284,10 @@ class WanBackbone(nn.Module):
             raise ValueError(f"latents of {rows} x {columns}: both must be even (the video's sides multiples of 16)")
         if text.ndim != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
             raise ValueError(f"text {list(text.shape)} must be [B, at most {config.text_len}, {config.text_dim}]")
-        if clip.shape[1:] != (config.image_tokens, config.image_dim):
-            raise ValueError(f"clip {list(clip.shape)} must be [B, {config.image_tokens}, {config.image_dim}]")
+        if image_features.shape[1:] != (config.image_tokens, config.image_dim):
+            raise ValueError(
+                f"image_features {list(image_features.shape)} must be [B, {config.image_tokens}, {config.image_dim}]"
+            )
         expected = (batch, config.control_channels, frames, rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE)
         if camera is not None and camera.shape != expected:
             raise ValueError(f"camera {list(camera.shape)} must be {list(expected)} to go with latents {list(latents.shape)}")

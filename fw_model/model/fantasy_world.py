@@ -151,7 +151,7 @@ class FantasyWorld(nn.Module):
         image_latents: Tensor,
         timestep: Tensor,
         text: Tensor,
-        clip: Tensor,
+        image_features: Tensor,
         camera: Tensor | None,
         *,
         pose_mask: Tensor | None = None,
@@ -159,7 +159,7 @@ class FantasyWorld(nn.Module):
         """Run one denoising step of the video together with its geometry.
 
         Args:
-            latents, image_latents, timestep, text, clip: as for `WanBackbone.forward`.
+            latents, image_latents, timestep, text, image_features: as for `WanBackbone.forward`.
             camera: [B, 24, F, H, W] control latents, or None for no camera.
             pose_mask: [B] bool; False keeps that clip's pose tokens from the geometry branch. They reach the base's
                 control adapter and the stage-2 camera adapters in any case. None: all are seen.
@@ -169,34 +169,34 @@ class FantasyWorld(nn.Module):
         """
         check_clip_size(frames_of(latents.shape[2]), latents.shape[-2] * SPATIAL_STRIDE, latents.shape[-1] * SPATIAL_STRIDE)
         joined = self.stage == "stage2"
-        pose = None if camera is None else self.pose_encoder(camera)
+        pose_BND = None if camera is None else self.pose_encoder(camera)
         with torch.set_grad_enabled(joined and torch.is_grad_enabled()):
-            hidden, cond = self.base.embed(latents, image_latents, timestep, text, clip, camera)
+            hidden_BND, cond = self.base.embed(latents, image_latents, timestep, text, image_features, camera)
             for i, adapter in enumerate(self.camera_adapters):
-                if joined and pose is not None:
-                    hidden = adapter(hidden, pose)
-                hidden = self._run(self.base.block, i, hidden, cond)
+                if joined and pose_BND is not None:
+                    hidden_BND = adapter(hidden_BND, pose_BND)
+                hidden_BND = self._run(self.base.block, i, hidden_BND, cond)
 
         frames = cond.grid[0]
-        tokens = self.tokens(self._run(self.bridge, hidden, cond.grid), frames)
+        tokens_BGD = self.tokens(self._run(self.bridge, hidden_BND, cond.grid), frames)
 
         time = self.geodit.time_vectors(cond.time)
-        rotary = self.geodit.rotary(cond.grid, self.tokens.count, hidden.device)
+        rotary = self.geodit.rotary(cond.grid, self.tokens.count, hidden_BND.device)
         features: list[Tensor] = []
         for i, (block, exchange) in enumerate(zip(self.geodit.blocks, self.interaction, strict=True)):
-            tokens = self._run(block, tokens, time, rotary, frames, pose, pose_mask)
+            tokens_BGD = self._run(block, tokens_BGD, time, rotary, frames, pose_BND, pose_mask)
             if joined:
-                hidden = self._run(self.base.block, self.config.geometry.pcb_blocks + i, hidden, cond)
-                hidden, tokens = self._run(exchange, hidden, tokens)
+                hidden_BND = self._run(self.base.block, self.config.geometry.pcb_blocks + i, hidden_BND, cond)
+                hidden_BND, tokens_BGD = self._run(exchange, hidden_BND, tokens_BGD)
             if i + 1 in self.config.geometry.head_layers:
-                features += [tokens] * self.config.geometry.head_layers.count(i + 1)
-        velocity = self.base.head(hidden, cond) if joined else None
-        return self._decode(velocity, features, tokens, cond.grid)
+                features += [tokens_BGD] * self.config.geometry.head_layers.count(i + 1)
+        velocity = self.base.head(hidden_BND, cond) if joined else None
+        return self._decode(velocity, features, tokens_BGD, cond.grid)
 
     def _decode(
-        self, velocity: Tensor | None, features: list[Tensor], tokens: Tensor, grid: tuple[int, int, int]
+        self, velocity: Tensor | None, features: list[Tensor], tokens_BGD: Tensor, grid: tuple[int, int, int]
     ) -> FantasyWorldOutput:
-        per_frame = tokens.unflatten(1, (grid[0], -1))
+        per_frame = tokens_BGD.unflatten(1, (grid[0], -1))
         patches = [x.unflatten(1, (grid[0], -1))[:, :, self.tokens.count :].flatten(1, 2) for x in features]
         depth, depth_conf = self.depth_head(patches, grid)
         points, points_conf = self.point_head(patches, grid)

@@ -42,13 +42,13 @@ class LatentBridge(nn.Module):
         self.head_dim = dim // config.bridge_heads
         self.layers = nn.ModuleList([TransformerLayer(dim, config.bridge_heads) for _ in range(config.bridge_layers)])
 
-    def forward(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """hidden [B, N, D] of a patch grid (F, h, w) -> [B, N, D], in the bridge's dtype."""
-        x = hidden.to(next(self.parameters()).dtype)
-        rotary = rope_3d(self.head_dim, grid, x.device)
+    def forward(self, hidden_BND: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """hidden_BND of a patch grid (F, h, w) -> [B, N, D], in the bridge's dtype."""
+        x_BND = hidden_BND.to(next(self.parameters()).dtype)
+        rotary = rope_3d(self.head_dim, grid, x_BND.device)
         for layer in self.layers:
-            x = layer(x, rotary)
-        return x
+            x_BND = layer(x_BND, rotary)
+        return x_BND
 
 
 class SpecialTokens(nn.Module):
@@ -66,12 +66,12 @@ class SpecialTokens(nn.Module):
     def count(self) -> int:
         return 1 + self.registers.shape[1]
 
-    def forward(self, patches: Tensor, frames: int) -> Tensor:
-        """patch tokens [B, N, D] -> geometry tokens [B, G, D]."""
+    def forward(self, patches_BND: Tensor, frames: int) -> Tensor:
+        """patches_BND -> geometry tokens [B, G, D]."""
         variants = torch.cat([self.camera, self.registers], dim=1)
-        tokens = torch.cat([variants[:1], variants[1:].expand(frames - 1, -1, -1)]).to(patches.dtype)
-        tokens = tokens.expand(patches.shape[0], -1, -1, -1)
-        return torch.cat([tokens, patches.unflatten(1, (frames, -1))], dim=2).flatten(1, 2)
+        tokens = torch.cat([variants[:1], variants[1:].expand(frames - 1, -1, -1)]).to(patches_BND.dtype)
+        tokens = tokens.expand(patches_BND.shape[0], -1, -1, -1)
+        return torch.cat([tokens, patches_BND.unflatten(1, (frames, -1))], dim=2).flatten(1, 2)
 
 
 class GeoDiTBlock(nn.Module):
@@ -91,46 +91,47 @@ class GeoDiTBlock(nn.Module):
         self.pose_adapter = nn.Linear(wan.dim, wan.dim)
 
     def forward(
-        self, tokens: Tensor, time: Tensor, rotary: Rotary, frames: int, pose: Tensor | None, visible: Tensor | None
+        self, tokens_BGD: Tensor, time: Tensor, rotary: Rotary, frames: int, pose_BND: Tensor | None, visible: Tensor | None
     ) -> Tensor:
         """Run the block.
 
         Args:
-            tokens: [B, G, D].
+            tokens_BGD: geometry tokens.
             time: [B, 9, D] float32, the shared projection of the time embedding.
             rotary: of all G tokens.
             frames: F.
-            pose: [B, N, D] pose tokens, added to the patch tokens through the adapter; None: no camera is known.
+            pose_BND: pose tokens, added to the patch tokens through the adapter; None: no camera is known.
             visible: [B] bool, False hides a clip's pose tokens from this block; None: all are seen.
 
         Returns:
             tokens [B, G, D].
         """
-        if pose is not None:
-            tokens = tokens + self._pose_shift(tokens, pose, visible, frames)
+        if pose_BND is not None:
+            tokens_BGD = tokens_BGD + self._pose_shift(tokens_BGD, pose_BND, visible, frames)
         vectors = (self.modulation.float() + time).chunk(9, dim=1)
-        x = self._modulated(tokens, vectors[0], vectors[1]).unflatten(1, (frames, -1)).flatten(0, 1)
-        x = self.frame_attention(x, split_frames(rotary, frames)).unflatten(0, (-1, frames)).flatten(1, 2)
-        tokens = self._gated(tokens, x, vectors[2])
-        x = self.global_attention(self._modulated(tokens, vectors[3], vectors[4]), rotary)
-        tokens = self._gated(tokens, x, vectors[5])
-        x = self.ffn(self._modulated(tokens, vectors[6], vectors[7]))
-        return self._gated(tokens, x, vectors[8])
+        by_frame = self._modulated(tokens_BGD, vectors[0], vectors[1]).unflatten(1, (frames, -1)).flatten(0, 1)  # [B*F, G/F, D]
+        by_frame = self.frame_attention(by_frame, split_frames(rotary, frames))
+        x_BGD = by_frame.unflatten(0, (-1, frames)).flatten(1, 2)
+        tokens_BGD = self._gated(tokens_BGD, x_BGD, vectors[2])
+        x_BGD = self.global_attention(self._modulated(tokens_BGD, vectors[3], vectors[4]), rotary)
+        tokens_BGD = self._gated(tokens_BGD, x_BGD, vectors[5])
+        x_BGD = self.ffn(self._modulated(tokens_BGD, vectors[6], vectors[7]))
+        return self._gated(tokens_BGD, x_BGD, vectors[8])
 
-    def _pose_shift(self, tokens: Tensor, pose: Tensor, visible: Tensor | None, frames: int) -> Tensor:
-        shift = self.pose_adapter(F.silu(pose)).to(tokens.dtype)
+    def _pose_shift(self, tokens_BGD: Tensor, pose_BND: Tensor, visible: Tensor | None, frames: int) -> Tensor:
+        shift_BND = self.pose_adapter(F.silu(pose_BND)).to(tokens_BGD.dtype)
         if visible is not None:  # masks the adapter's bias too: a hidden pose must leave no trace
-            shift = shift * visible.to(shift.dtype).view(-1, 1, 1)
-        special = (tokens.shape[1] - pose.shape[1]) // frames
-        return F.pad(shift.unflatten(1, (frames, -1)), (0, 0, special, 0)).flatten(1, 2)
+            shift_BND = shift_BND * visible.to(shift_BND.dtype).view(-1, 1, 1)
+        special = (tokens_BGD.shape[1] - pose_BND.shape[1]) // frames
+        return F.pad(shift_BND.unflatten(1, (frames, -1)), (0, 0, special, 0)).flatten(1, 2)
 
-    def _modulated(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        x = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=self.eps)
-        return (x * (1 + scale) + shift).to(tokens.dtype)
+    def _modulated(self, tokens_BGD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = F.layer_norm(tokens_BGD.float(), tokens_BGD.shape[-1:], eps=self.eps)
+        return (x * (1 + scale) + shift).to(tokens_BGD.dtype)
 
     @staticmethod
-    def _gated(tokens: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        return (tokens.float() + x.float() * gate).to(tokens.dtype)
+    def _gated(tokens_BGD: Tensor, x_BGD: Tensor, gate: Tensor) -> Tensor:
+        return (tokens_BGD.float() + x_BGD.float() * gate).to(tokens_BGD.dtype)
 
 
 class GeoDiT(nn.Module):

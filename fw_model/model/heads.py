@@ -1,6 +1,7 @@
 """Dense heads: a 3-D DPT that turns GeoDiT features into one depth or point map per video frame.
 
-Shape suffixes: B clips, F latent frames, T = 4(F-1)+1 video frames, h x w patch grid, H x W = 16h x 16w pixels, D = dim.
+Shape suffixes: B clips, F latent frames, T = 4(F-1)+1 video frames, h x w patch grid, H x W = 16h x 16w pixels, D = dim,
+C channels.
 Causal in time: video frame t of latent frame n (t = 4(n-1)+1 .. 4n; latent frame 0 gives frame 0 alone) depends on
 latent frames 0..n only.
 """
@@ -130,18 +131,18 @@ class DPTHead(nn.Module):
             self._run(self._decode, *(stream[start : start + FRAMES_PER_CHUNK] for stream in streams))
             for start in range(0, batch * frames, FRAMES_PER_CHUNK)
         ]
-        raw = torch.cat(outputs).unflatten(0, (batch, frames))
-        with fp32(raw):
-            confidence = 1 + raw[:, :, -1].exp()
+        raw_BTCHW = torch.cat(outputs).unflatten(0, (batch, frames))
+        with fp32(raw_BTCHW):
+            confidence = 1 + raw_BTCHW[:, :, -1].exp()
             if self.kind == "depth":
-                return raw[:, :, 0].exp(), confidence
-            points = raw[:, :, :3]
+                return raw_BTCHW[:, :, 0].exp(), confidence
+            points = raw_BTCHW[:, :, :3]
             return (points.sign() * torch.expm1(points.abs())).movedim(2, -1), confidence
 
-    def _stream(self, i: int, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _stream(self, i: int, tokens_BND: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, N, D] -> [B, T, C, h, w]."""
-        x = self.project[i](self.norm(tokens)).unflatten(1, grid).movedim(-1, 1)
-        return self.temporal[i](x).transpose(1, 2)
+        x_BCFhw = self.project[i](self.norm(tokens_BND)).unflatten(1, grid).movedim(-1, 1)
+        return self.temporal[i](x_BCFhw).transpose(1, 2)
 
     def _decode(self, *streams: Tensor) -> Tensor:
         """Streams [n, C, h, w] of a few frames -> raw output [n, channels, H, W] float32."""

@@ -14,34 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fw_model.data.manifest import dataset_digest, read_manifest, read_texts
-from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_reader import ShardReader
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.verify import verify
 from fw_model.errors import DatasetError
-from tests.helpers.made_clips import TEXT_VERSION, add_clip, make_record, make_text
+from tests.helpers.made_clips import CLIP_BYTES, TEXT_VERSION, add_clip, bring_up_to_date, make_record, make_text, version_of
 
 ROOT = Path(__file__).parents[2]
-CLIP_BYTES = sum(array.nbytes for array in make_record("a").arrays.values())
-TWO = 2 * CLIP_BYTES  # a shard of two clips
-
-
-def bring_up_to_date(path: Path, clips: Mapping[str, str], target: float = TWO, split: str = "train") -> tuple[int, int]:
-    """Pack clip id -> version as the pipeline does; returns (clips that had to be made, clips that were written)."""
-    made = 0
-    with ShardWriter(path, target) as writer:
-        for clip_id, version in clips.items():
-            for prompt in ("", f"prompt of {clip_id}"):
-                if not writer.keep_text(prompt, TEXT_VERSION):
-                    writer.add_text(prompt, make_text(prompt), TEXT_VERSION)
-            if not writer.keep(clip_id, split, version):
-                made += 1
-                writer.add(version_of(clip_id, version), split, version)
-    return made, writer.bytes_written // CLIP_BYTES  # a handful of embeddings is far less than a clip
-
-
-def version_of(clip_id: str, version: str) -> ClipRecord:
-    return replace(make_record(f"{clip_id}/{version}", f"{clip_id}.mp4"), clip_id=clip_id, prompt=f"prompt of {clip_id}")
 
 
 def files(path: Path, split: str = "train") -> dict[int, str]:
@@ -190,7 +169,7 @@ def test_a_damaged_clip_is_never_copied_on(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.data import test_incremental_pack as t
+from tests.helpers.made_clips import bring_up_to_date
 from fw_model.data.shard_writer import ShardWriter
 true_add, left = ShardWriter.add, [5]
 def add(self, *args):
@@ -199,7 +178,7 @@ def add(self, *args):
         os.kill(os.getpid(), 9)
     return true_add(self, *args)
 ShardWriter.add = add
-t.bring_up_to_date(Path(sys.argv[1]), dict.fromkeys("abcdef", "2"))
+bring_up_to_date(Path(sys.argv[1]), dict.fromkeys("abcdef", "2"))
 """
 
 

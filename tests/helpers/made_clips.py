@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from fw_model.cameras import make_trajectory
 from fw_model.data.manifest import ClipRow
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
+from fw_model.trajectories import make_trajectory
 
 TEXT_VERSION = "made:0/text"
 
@@ -65,3 +67,25 @@ def pack(path: Path, splits: dict[str, str], target_bytes: float = 256e6, **opti
     with ShardWriter(path, target_bytes) as writer:
         for clip_id, split in splits.items():
             add_clip(writer, make_record(clip_id, **options), split)  # type: ignore[arg-type]
+
+
+CLIP_BYTES = sum(array.nbytes for array in make_record("a").arrays.values())
+TWO_CLIPS = 2 * CLIP_BYTES  # of a shard
+
+
+def bring_up_to_date(path: Path, clips: Mapping[str, str], target: float = TWO_CLIPS, split: str = "train") -> tuple[int, int]:
+    """Pack clip id -> version as the pipeline does; returns (clips that had to be made, clips that were written)."""
+    made = 0
+    with ShardWriter(path, target) as writer:
+        for clip_id, version in clips.items():
+            for prompt in ("", f"prompt of {clip_id}"):
+                if not writer.keep_text(prompt, TEXT_VERSION):
+                    writer.add_text(prompt, make_text(prompt), TEXT_VERSION)
+            if not writer.keep(clip_id, split, version):
+                made += 1
+                writer.add(version_of(clip_id, version), split, version)
+    return made, writer.bytes_written // CLIP_BYTES  # a handful of embeddings is far less than a clip
+
+
+def version_of(clip_id: str, version: str) -> ClipRecord:
+    return replace(make_record(f"{clip_id}/{version}", f"{clip_id}.mp4"), clip_id=clip_id, prompt=f"prompt of {clip_id}")

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fw_model.config import Preset
+from fw_model.data.manifest import ClipRow, read_manifest
+from fw_model.data.shard_reader import ShardReader
+from fw_model.model.encoders import Encoders
 from fw_pipeline.annotate.video import write_video
+from fw_pipeline.guide_layout.importer import ImportPlan, ImportResult, import_guide
 
 SIZE = (48, 64)
 FRAMES = 9
@@ -107,3 +112,14 @@ def write_layout(root: Path, *samples: MadeSample) -> list[dict[str, Any]]:
     entries = [sample.write(root) for sample in samples]
     (root / "metadata.json").write_text(json.dumps(entries), encoding="utf-8")
     return entries
+
+
+def run_import(root: Path, dataset: Path, encoders: Encoders, preset: Preset, **plan: Any) -> ImportResult:
+    return import_guide(
+        root, dataset, lambda: encoders, preset.encoders, preset.model.wan.text_len, ImportPlan(val_percent=50, **plan)
+    )
+
+
+def read_all(dataset: Path) -> dict[str, tuple[ClipRow, dict[str, np.ndarray]]]:
+    reader = ShardReader(dataset)
+    return {row.clip_id: (row, reader.read(row)) for row in read_manifest(dataset) if not row.quarantine}

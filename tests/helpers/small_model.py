@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fw_model.config import GeometryConfig, ModelConfig, WanConfig
+from fw_model.config import GeometryConfig, ModelConfig, Stage, WanConfig
 from fw_model.model.backbone import WanBackbone
-from fw_model.model.fantasy_world import FantasyWorld
+from fw_model.model.fantasy_world import FantasyWorld, FantasyWorldOutput
 
 SMALL_WAN = WanConfig(
     dim=48, ffn_dim=64, num_heads=4, num_layers=6, text_dim=16, freq_dim=16, image_dim=12, image_tokens=3, text_len=5
@@ -72,6 +72,23 @@ def inputs(batch: int = 1, frames: int = 3, height: int = 32, width: int = 48, w
         "image_latents": normal(*latent),
         "timestep": torch.linspace(900.0, 300.0, batch),
         "text": normal(batch, wan.text_len, wan.text_dim),
-        "clip": normal(batch, wan.image_tokens, wan.image_dim),
+        "image_features": normal(batch, wan.image_tokens, wan.image_dim),
         "camera": normal(batch, wan.control_channels, frames, height, width),
     }
+
+
+def geometry(output: FantasyWorldOutput) -> list[Tensor]:
+    return [output.depth, output.depth_conf, output.points, output.points_conf, *output.pose_encodings]
+
+
+def scalar(output: FantasyWorldOutput) -> Tensor:
+    """A loss every output contributes to."""
+    total = sum((x * torch.linspace(0.5, 1.5, x.numel()).view_as(x)).mean() for x in geometry(output))
+    assert isinstance(total, Tensor)
+    return total if output.velocity is None else total + output.velocity.square().mean()
+
+
+@torch.no_grad()
+def run(world: FantasyWorld, stage: Stage, **changes: Any) -> FantasyWorldOutput:
+    pose_mask = changes.pop("pose_mask", None)
+    return world.set_stage(stage)(**{**inputs(), **changes}, pose_mask=pose_mask)

@@ -219,7 +219,7 @@ def test_short_prompts_are_padded_with_zeros(base: WanBackbone) -> None:
         assert torch.equal(base(**short), base(**padded))
 
 
-@pytest.mark.parametrize(("source", "values"), [("clip", "add_v_proj"), ("text", "to_v")])
+@pytest.mark.parametrize(("source", "values"), [("image_features", "add_v_proj"), ("text", "to_v")])
 def test_text_and_image_tokens_go_through_their_own_projections(source: str, values: str) -> None:
     """With text_len 5 the split is not where diffusers' fixed 512 would put it."""
     model = WanBackbone.made(SMALL_WAN, seed=0)
@@ -233,7 +233,7 @@ def test_text_and_image_tokens_go_through_their_own_projections(source: str, val
         assert torch.equal(model(**inputs()), model(**other))
 
 
-@pytest.mark.parametrize(("source", "index"), [("text", 0), ("text", 4), ("clip", 0), ("clip", 2)])
+@pytest.mark.parametrize(("source", "index"), [("text", 0), ("text", 4), ("image_features", 0), ("image_features", 2)])
 def test_the_first_and_the_last_token_of_each_kind_are_read(source: str, index: int, base: WanBackbone, velocity: Tensor) -> None:
     other = inputs()
     other[source][:, index] *= -1
@@ -258,7 +258,7 @@ def test_neighbouring_timesteps_stay_distinct_in_bfloat16() -> None:
     [
         ("latents", (1, 16, 3, 4, 8)),
         ("text", (1, 6, 16)),
-        ("clip", (1, 4, 12)),
+        ("image_features", (1, 4, 12)),
         ("camera", (1, 24, 9, 32, 48)),
     ],
 )

@@ -31,7 +31,8 @@ def test_hidden_states_and_velocity_match_the_original() -> None:
     with np.load(REFERENCE / "wan_camera_tiny.npz", allow_pickle=False) as file:
         stored = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
     model = WanBackbone.made(TINY, int(stored["seed"]))
-    arguments = {name: stored[name].float() for name in ("latents", "image_latents", "timestep", "text", "clip", "camera")}
+    arguments = {name: stored[name].float() for name in ("latents", "image_latents", "timestep", "text", "camera")}
+    arguments["image_features"] = stored["clip"].float()
     with torch.no_grad():
         hidden, conditioning = model.embed(**arguments)
         hidden = model.block(1, model.block(0, hidden, conditioning), conditioning)

@@ -1,4 +1,4 @@
-"""Losses against plain loops in numpy, their masks, their gradients, and the flow schedule."""
+"""Losses against plain loops in numpy, their masks, their gradients."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from fw_model.cameras import decode_pose, project, relative_to_first
 from fw_model.data.schema import Batch
 from fw_model.train import losses as losses_module
 from fw_model.train.losses import (
-    FlowSchedule,
     Targets,
     camera_loss,
     depth_loss,
-    diffusion_loss,
     geometry_loss,
     geometry_losses,
     make_targets,
@@ -338,76 +336,3 @@ def test_target_pose_decodes_to_the_clips_cameras_and_starts_at_the_identity() -
 def test_targets_are_not_rescaled() -> None:
     batch = made_batch()
     assert torch.equal(make_targets(batch).depth, batch.depth)
-
-
-# ---- flow
-
-
-def test_schedule_is_the_shifted_thousand_steps() -> None:
-    schedule = FlowSchedule()
-    s = np.linspace(1, 0, 1001)[:-1]
-    np.testing.assert_allclose(schedule.sigmas.numpy(), 5 * s / (1 + 4 * s), rtol=1e-12)
-    np.testing.assert_allclose(schedule.timesteps.numpy(), 1000 * schedule.sigmas.numpy())
-
-
-def test_schedule_equals_the_schedulers_of_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
-    np.testing.assert_allclose(FlowSchedule().timesteps.numpy(), scheduler.timesteps.numpy(), rtol=1e-5)
-
-
-def test_weights_are_a_bell_from_zero_with_mean_one() -> None:
-    schedule = FlowSchedule()
-    t = schedule.timesteps.numpy()
-    bell = np.exp(-2 * ((t - 500) / 1000) ** 2)
-    expected = bell - bell.min()
-    expected *= 1000 / expected.sum()
-    weights = schedule.weight(schedule.timesteps).numpy()
-    np.testing.assert_allclose(weights, expected, atol=1e-5)
-    assert weights.mean() == pytest.approx(1, abs=1e-5)
-    assert weights.min() >= 0
-
-
-def test_sampled_timesteps_belong_to_the_schedule_and_to_their_seed() -> None:
-    schedule = FlowSchedule()
-    a, b, c = (schedule.sample(4000, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-    assert set(a.tolist()) <= set(schedule.timesteps.float().tolist())
-    assert a.mean().item() == pytest.approx(schedule.timesteps.mean().item(), rel=0.03)
-
-
-def test_noise_and_velocity_lead_back_to_the_latents() -> None:
-    schedule = FlowSchedule()
-    latents, noise = torch.randn(3, 16, 2, 4, 4), torch.randn(3, 16, 2, 4, 4)
-    timestep = torch.tensor([1000.0, 500.0, 4.98])
-    noisy = schedule.add_noise(latents, noise, timestep)
-    torch.testing.assert_close(noisy[0], noise[0])
-    sigma = schedule.sigma(timestep).view(3, 1, 1, 1, 1)
-    torch.testing.assert_close(noisy - sigma * (noise - latents), latents)
-
-
-def test_diffusion_loss_is_the_weighted_mean_square() -> None:
-    latents, noise, velocity = (torch.randn(3, 16, 2, 4, 4, dtype=torch.float64) for _ in range(3))
-    timestep = FlowSchedule().timesteps[[10, 500, 900]].float()
-    weights = FlowSchedule().weight(timestep).double().numpy()
-    errors = ((velocity - (noise - latents)) ** 2).mean(dim=(1, 2, 3, 4)).numpy()
-    loss = diffusion_loss(velocity, noise, latents, timestep)
-    assert loss.item() == pytest.approx((weights * errors).mean())
-    assert diffusion_loss(noise - latents, noise, latents, timestep) == 0
-
-
-def test_diffusion_gradient_agrees_with_finite_differences() -> None:
-    latents, noise, velocity = (torch.randn(2, 2, 1, 2, 2, dtype=torch.float64) for _ in range(3))
-    timestep = torch.tensor([300.0, 800.0])
-    assert torch.autograd.gradcheck(lambda v: diffusion_loss(v, noise, latents, timestep), (velocity.requires_grad_(),))
-
-
-def test_diffusion_loss_is_float32_under_autocast() -> None:
-    latents, noise = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 16, 2, 4, 4)
-    velocity = torch.randn(2, 16, 2, 4, 4).bfloat16()
-    timestep = torch.tensor([300.0, 800.0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = diffusion_loss(velocity, noise, latents, timestep)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, diffusion_loss(velocity.float(), noise, latents, timestep))

@@ -184,3 +184,13 @@ def test_slurm_script_asks_for_a_process_per_gpu() -> None:
     assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
     assert options["signal"].startswith("TERM@")  # "B:TERM" would reach the script alone
     assert yaml.safe_load((LAUNCH / "eight_nodes.yaml").read_text(encoding="utf-8"))["num_machines"] == int(options["nodes"])
+
+
+def test_what_the_page_says_of_the_preset_tiny_is_so() -> None:
+    sentence = re.search(r"^The preset tiny sets.*?\.$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    assert sentence is not None
+    told = re.findall(r"`(\w+)` to (\d+)\s+and (\d+)", sentence[0])
+    assert {key for key, *_ in told} >= {"save_every", "validate_every", "log_every", "workers"}
+    tiny = load_preset("tiny")
+    for key, *values in told:
+        assert [str(getattr(tiny.stage(stage), key)) for stage in ("stage1", "stage2")] == values, key
