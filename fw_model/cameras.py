@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fw_model.errors import Explained
+
 # fx, fy, cx, cy as shares of a 1280 x 720 image: the lens of the base model's own pose files. Rows without intrinsics get it.
 DEFAULT_LENS = (0.532139961, 0.946026558, 0.5, 0.5)
 FRAMES_PER_LATENT = 4
 _ROTATION_TOLERANCE = 1e-2  # pose files in the wild carry as few as four digits
 
 
-class PoseFileError(ValueError):
+class PoseFileError(Explained, ValueError):
     """A pose file that cannot be read; the message is `file:line: what was wrong`."""
 
 

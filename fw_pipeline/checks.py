@@ -5,10 +5,19 @@ from statistics import fmean
 import dagster as dg
 
 from fw_model.config import Stage
+from fw_pipeline.failures import explained
 from fw_pipeline.resources import PipelineResource
+
+NOTHING = "nothing to check"  # how the description of a check begins that has seen nothing
+
+
+def nothing_to_check(what: str) -> dg.AssetCheckResult:
+    """Passed is for something that was looked at; having nothing to look at is a warning."""
+    return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=f"{NOTHING}: {what}")
 
 
 @dg.asset_check(asset="depth", description="Depth and cameras against exact ground truth, where a video has one (the demo's).")
+@explained()
 def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """The mean over clips meets every bar; the metadata names each clip."""
     from fw_pipeline.annotate.truth import Bars
@@ -16,7 +25,7 @@ def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
 
     errors = truth_errors(pipeline.build())
     if not errors:
-        return dg.AssetCheckResult(passed=True, metadata={"clips with truth": 0})
+        return nothing_to_check("no finished clip of a video with ground truth")
     names = list(next(iter(errors.values())))
     means = {name: fmean(e[name] for e in errors.values()) for name in names}
     failures = Bars().failures(means)
@@ -31,21 +40,30 @@ def annotation_matches_truth(pipeline: PipelineResource) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(asset="depth", description="World points of each frame land on their own pixels; one world, one scale.")
+@explained()
 def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
     """Reads every finished clip back from disk and checks it, whatever engine made it."""
-    from fw_pipeline.steps.review import consistency_faults
+    from fw_pipeline.steps.review import consistency_faults, finished_clips
 
-    faults = consistency_faults(pipeline.build())
+    built = pipeline.build()
+    if next(finished_clips(built), None) is None:
+        return nothing_to_check("0 finished clips")
+    faults = consistency_faults(built)
     listing = "\n".join(f"- {name}: {reason}" for name, reason in faults.items()) or "none"
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md(listing)})
 
 
 @dg.asset_check(asset="training_shards", description="Every hash, shape and row of the packed dataset.")
+@explained()
 def dataset_is_whole(pipeline: PipelineResource) -> dg.AssetCheckResult:
+    from fw_model.data.manifest import read_manifest
     from fw_model.data.verify import verify
     from fw_pipeline.steps.store import Store
 
-    faults = verify(Store(pipeline.settings().data).dataset)
+    folder = Store(pipeline.settings().data).dataset
+    if all(row.quarantine for row in read_manifest(folder)):
+        return nothing_to_check("0 packed clips")
+    faults = verify(folder)
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md("\n".join(faults) or "none")})
 
 
@@ -53,6 +71,7 @@ def _improved(stage: Stage) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=f"{stage}_checkpoint", name="validation_improved", description="Validation losses are below those at step 0."
     )
+    @explained()
     def validation_improved(pipeline: PipelineResource) -> dg.AssetCheckResult:
         from fw_pipeline.steps.training_plan import plan_training
 

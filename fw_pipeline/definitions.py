@@ -4,6 +4,7 @@ import dagster as dg
 
 from fw_pipeline.assets import annotation, dataset, training, validation, videos
 from fw_pipeline.checks import CHECKS
+from fw_pipeline.failures import console
 from fw_pipeline.jobs import JOBS
 from fw_pipeline.resources import RESOURCES
 from fw_pipeline.schedules import reannotate
@@ -16,4 +17,5 @@ defs = dg.Definitions(
     sensors=[new_videos],
     schedules=[reannotate],
     resources=RESOURCES,
+    loggers={"console": console},
 )

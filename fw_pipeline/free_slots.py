@@ -7,6 +7,9 @@ import sys
 
 import dagster as dg
 
+from fw_model.errors import explain_errors
+from fw_pipeline.launch import open_instance
+
 
 def free_slots(instance: dg.DagsterInstance) -> dict[str, list[str]]:
     """Free every slot held by a run that is finished, gone, or no longer has a living process here; pool -> run ids."""
@@ -22,8 +25,9 @@ def free_slots(instance: dg.DagsterInstance) -> dict[str, list[str]]:
     return freed
 
 
+@explain_errors
 def main(argv: list[str]) -> int:
-    with dg.DagsterInstance.get() as instance:
+    with open_instance() as instance:
         for run_id in argv:  # a run named by its id is declared dead by whoever knows that it is
             run = instance.get_run_by_id(run_id)
             if run is None:

@@ -8,12 +8,15 @@ do there. Runs are recorded in the instance at DAGSTER_HOME.
 """
 
 import argparse
+import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import dagster as dg
 
+from fw_model.errors import MissingInput, explain_errors
 from fw_pipeline.partitions import LAUNCH, register
 
 
@@ -23,6 +26,7 @@ class Outcome:
 
     failed: list[str]  # steps, and checks that are errors
     warned: list[str]  # checks that are warnings
+    unchecked: list[str] = field(default_factory=list)  # checks that had nothing to look at
 
 
 def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO") -> Outcome:
@@ -31,6 +35,7 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     Raises:
         MissingInput: there are no videos.
     """
+    from fw_pipeline.checks import NOTHING
     from fw_pipeline.definitions import defs
     from fw_pipeline.resources import PIPELINE
 
@@ -41,44 +46,51 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []
+    unchecked: list[str] = []
     failed = [f"{job_name}: {_reason(event)}" for event in result.all_events if event.is_step_failure]
     for check in result.get_asset_check_evaluations():
         name = f"{check.asset_key.to_user_string()}: {check.check_name}"
         warning = check.severity == dg.AssetCheckSeverity.WARN
-        verdict = "passed" if check.passed else "WARNING" if warning else "FAILED"
-        print(f"  check {name}: {verdict} {check.description or ''}", flush=True)
+        nothing = (check.description or "").startswith(NOTHING)
+        verdict = "passed" if check.passed else "NOTHING TO CHECK" if nothing else "WARNING" if warning else "FAILED"
+        print(f"  check {name}: {verdict} {(check.description or '').removeprefix(NOTHING + ': ')}".rstrip(), flush=True)
         if not check.passed:
-            (warned if warning else failed).append(f"check {name} ({check.description})")
+            (unchecked if nothing else warned if warning else failed).append(f"check {name} ({check.description})")
     if not result.success and not failed:
         failed.append(f"{job_name}: failed; see the log above")
-    return Outcome(failed, warned)
+    return Outcome(failed, warned, unchecked)
 
 
 def _reason(event: dg.DagsterEvent) -> str:
-    """The message of a failed step without its stack (the log above has it)."""
-    error = event.step_failure_data.error
+    """The message of a failed step; the stack of one that no message explains is in the log above."""
+    error, said = event.step_failure_data.error, event.step_failure_data.user_failure_data
+    if said is not None and said.description:
+        return f"{event.step_key}: {said.description}"
     return f"{event.step_key}: {(error.cause or error).message.strip() if error else 'failed'}"
 
 
+def open_instance() -> dg.DagsterInstance:
+    """The instance at DAGSTER_HOME. Raises MissingInput when there is none."""
+    home = os.environ.get("DAGSTER_HOME", "")
+    if not Path(home).is_dir() or not home:
+        raise MissingInput(f"DAGSTER_HOME={home!r} is no folder, and runs are recorded there", "Run first: source env.sh")
+    return dg.DagsterInstance.get()
+
+
+@explain_errors
 def main(argv: list[str] | None = None) -> int:
     """Exits 0 when every job and check passed (warnings aside), 1 at the first job that did not."""
-    from fw_model.config import ConfigError
     from fw_pipeline.jobs import JOBS
 
     parser = argparse.ArgumentParser(prog=LAUNCH, description="Launch jobs for all videos in the folder, in this order.")
     parser.add_argument("jobs", nargs="+", choices=[job.name for job in JOBS], metavar="JOB", help="%(choices)s")
     args = parser.parse_args(argv)
-    from fw_pipeline.steps.pipeline import MissingInput
-
     warnings.filterwarnings("ignore", category=dg.BetaWarning)
     warnings.filterwarnings("ignore", category=dg.PreviewWarning)
-    with dg.DagsterInstance.get() as instance:
+    with open_instance() as instance:
         for number, name in enumerate(args.jobs, 1):
             print(f"\n[{number}/{len(args.jobs)}] {name}", flush=True)
-            try:
-                failed = launch(instance, name).failed
-            except (MissingInput, ConfigError) as error:
-                failed = [f"{name}: {error}"]
+            failed = launch(instance, name).failed
             if failed:
                 print("\nfailed:\n  " + "\n  ".join(failed), file=sys.stderr)
                 return 1

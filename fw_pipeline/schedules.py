@@ -13,7 +13,7 @@ def reannotate(context: dg.ScheduleEvaluationContext, pipeline: PipelineResource
 
     The run covers the range of partitions from the first to the last stale one; those between that are up to date are skipped.
     """
-    from fw_pipeline.steps.pipeline import MissingInput
+    from fw_model.errors import MissingInput
 
     built = pipeline.build()
     try:

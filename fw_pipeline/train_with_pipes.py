@@ -6,7 +6,10 @@ Only rank 0 of a job speaks to Dagster. Started by hand, without Dagster, it is 
 import os
 import sys
 
+from fw_model.errors import explain_errors
 
+
+@explain_errors
 def main(argv: list[str]) -> int:
     from fw_model.train.__main__ import main as train
 

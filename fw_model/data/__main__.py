@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from fw_model.data.manifest import dataset_digest, dataset_folder, read_manifest, read_texts
 from fw_model.data.verify import iter_faults
-from fw_model.errors import DatasetError
+from fw_model.errors import explain_errors
 
 
+@explain_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fw_model.data", description="Look at a packed dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -26,11 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tell.add_argument("dataset", metavar="DIR")
     tell.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(arguments)
-    try:
-        return _verify(args.dataset) if args.command == "verify" else _info(args.dataset, args.json)
-    except DatasetError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return _verify(args.dataset) if args.command == "verify" else _info(args.dataset, args.json)
 
 
 def _verify(path: str) -> int:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from fw_model.config import ConfigError, ModelConfig, Preset, Stage, load_preset
+from fw_model.config import ModelConfig, Preset, Stage, load_preset
 from fw_model.describe.memory_plan import Plan, Sharding, make_plans
 from fw_model.describe.step_trace import ClipSize
+from fw_model.errors import explain_errors
 from fw_model.model.fantasy_world import FantasyWorld
 
 # Row -> (module prefixes, this project's figure, the training guide's), of the full size.
@@ -84,7 +85,7 @@ def describe(preset: Preset, gpu_gib: float = 80, gpus: int = 8, sharding: Shard
     Keys: preset, parameters {row: {built, project, guide}}, shapes {size: {name: shape}}, flops {stage: {...}}, memory.
 
     Raises:
-        ValueError: as for `make_plans`.
+        ConfigError: as for `make_plans`.
     """
     clip, model = preset.clip, preset.model
     landscape = ClipSize(clip.frames, clip.short_side, clip.long_side)
@@ -142,6 +143,7 @@ def _print(found: dict[str, Any]) -> None:
             print(f"{p['accumulation']:8}  {verdict}")
 
 
+@explain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fw_model.describe", description="Parameters, shapes, FLOPs, memory plan.")
@@ -152,11 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sharding", choices=("none", "fsdp"), default="none", help="none: data parallel, as training runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. clip.frames=41")
     args = parser.parse_intermixed_args(argv)
-    try:
-        found = describe(load_preset(args.preset, args.overrides), args.gpu_memory, args.gpus, args.sharding)
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = describe(load_preset(args.preset, args.overrides), args.gpu_memory, args.gpus, args.sharding)
     if args.json:
         print(json.dumps(found))
     else:

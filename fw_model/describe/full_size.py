@@ -27,6 +27,7 @@ from fw_model.config import Preset, Stage, load_preset
 from fw_model.describe.__main__ import PUBLISHED, STAGES
 from fw_model.describe.memory_plan import OptimizerChoice, choose_optimizer
 from fw_model.describe.step_trace import ClipSize, compute_in_float32, step_inputs, store_in_bfloat16, trace_step
+from fw_model.errors import explain_errors
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.losses import diffusion_loss, geometry_loss, geometry_losses
 
@@ -90,6 +91,7 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+@explain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from fw_model.config import ModelConfig, Preset, Stage
+from fw_model.config import ConfigError, ModelConfig, Preset, Stage
 from fw_model.describe.step_trace import ClipSize, StepTrace, trace_step
 
 Sharding = Literal["none", "fsdp"]
@@ -58,13 +58,13 @@ def make_plans(preset: Preset, stage: Stage, gpu_gib: float, gpus: int, sharding
         sharding: "none" is data parallel; "fsdp" shares weights, gradients and moments out over the GPUs (the key `sharding`).
 
     Raises:
-        ValueError: a number of GPUs that does not divide the global batch, or a size that is not positive.
+        ConfigError: a number of GPUs that does not divide the global batch, or a size that is not positive.
     """
     config = preset.stage(stage)
     if gpus < 1 or gpu_gib <= 0:
-        raise ValueError(f"a plan needs at least one GPU with memory, got {gpus} of {gpu_gib} GiB")
+        raise ConfigError(f"a plan needs at least one GPU with memory, got {gpus} of {gpu_gib} GiB")
     if config.global_batch % gpus:
-        raise ValueError(f"{stage}.global_batch {config.global_batch} cannot be shared by {gpus} GPUs; choose a divisor of it")
+        raise ConfigError(f"{stage}.global_batch {config.global_batch} cannot be shared by {gpus} GPUs; choose a divisor of it")
     plans: list[Plan] = []
     for size, remedy in _remedies(preset):
         plans.append(_plan(preset, stage, size, remedy, gpu_gib * (1 - RESERVE), gpus, sharding))

@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor
 
 from fw_model.config import WanConfig
+from fw_model.errors import Explained
 
 PATCH = (1, 2, 2)  # latent frames x latent rows x latent columns of one token
 SPATIAL_STRIDE = 8  # pixels per latent pixel
@@ -19,7 +20,7 @@ _LISTED = 8  # offending keys named in an error
 Shape = tuple[int, ...]
 
 
-class BaseModelError(RuntimeError):
+class BaseModelError(Explained, RuntimeError):
     """Base weights that are missing, unreadable or of another model; the message says which and what to do."""
 
 

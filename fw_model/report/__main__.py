@@ -14,16 +14,13 @@ from pathlib import Path
 
 import torch
 
-from fw_model.errors import DatasetError, TrainingError
-from fw_model.model.wan_weights import BaseModelError
+from fw_model.errors import explain_errors
 from fw_model.report.predict import write_report
-from fw_model.train.checkpoints import (
-    CheckpointError,
-)
 
 log = logging.getLogger(__name__)
 
 
+@explain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -38,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.clips < 1:
         parser.error(f"--clips must be at least 1, got {args.clips}")
-    try:
-        summary = write_report(args.run, args.dataset, args.output, args.clips, args.device)
-    except (CheckpointError, DatasetError, TrainingError, BaseModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    summary = write_report(args.run, args.dataset, args.output, args.clips, args.device)
     log.info("%s", summary.path)
     print(json.dumps(summary.numbers))
     return 0

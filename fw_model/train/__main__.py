@@ -22,10 +22,8 @@ from pathlib import Path
 
 import torch
 
-from fw_model.config import ConfigError, Stage, load_preset
-from fw_model.errors import DatasetError, TrainingError
-from fw_model.model.wan_weights import BaseModelError
-from fw_model.train.checkpoints import CheckpointError
+from fw_model.config import Stage, load_preset
+from fw_model.errors import Explained, TrainingError, explain_errors
 from fw_model.train.loop import EXIT_INTERRUPTED, Interrupted, train
 from fw_model.train.metrics_log import OnMetrics
 from fw_model.train.run_folder import stage1_result
@@ -38,6 +36,7 @@ def default_output(stage: Stage) -> Path:
     return Path("outputs") / f"fantasy_world_{stage}"
 
 
+@explain_errors
 def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None) -> int:
     """Command line; returns the exit code: 0 complete, 1 an error that is explained on stderr, 75 interrupted and saved."""
     parser = argparse.ArgumentParser(
@@ -65,17 +64,12 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     except Interrupted as stopped:
         log.warning("%s", stopped)
         code = EXIT_INTERRUPTED
-    except (TrainingError, CheckpointError, ConfigError, DatasetError, BaseModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except RuntimeError as error:
-        if torch.distributed.is_initialized() and (reason := lost_process(error)):
-            print(
-                f"error: rank {torch.distributed.get_rank()} lost the other processes: {reason}\nOne of them ended or hangs; "
-                "its own output says why. Run the same command again to go on from the last state",
-                file=sys.stderr,
-            )
-            return 1
+        if not isinstance(error, Explained) and torch.distributed.is_initialized() and (reason := lost_process(error)):
+            raise TrainingError(
+                f"rank {torch.distributed.get_rank()} lost the other processes: {reason}",
+                "One of them ended or hangs; its own output says why. Run the same command again to go on from the last state",
+            ) from error
         raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

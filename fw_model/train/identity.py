@@ -14,6 +14,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from fw_model.config import ConfigError, Preset, Stage, StageConfig, parse_preset
+from fw_model.errors import Explained
 
 FORMAT = "fantasyworld-checkpoint"
 FORMAT_VERSION = 1
@@ -87,7 +88,7 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
     return RunIdentity(stage, flat(sections), dataset_digest)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Explained, RuntimeError):
     """A checkpoint or state that is missing, damaged, or made for something else; the message names the file and the remedy."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from fw_model.errors import Explained
 from fw_pipeline.annotate.clips import FrameTransform
 
 Source = Literal["calibration", "video", "clip"]
@@ -31,7 +32,7 @@ NERFSTUDIO_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE")
 FORMATS = "NAME.camera.json, NAME.cameras.txt or cameras.txt (COLMAP), NAME.transforms.json or transforms.json (nerfstudio)"
 
 
-class LensError(ValueError):
+class LensError(Explained, ValueError):
     """A calibration that cannot be used; the message is `file: key: what is wrong and what to do`."""
 
 

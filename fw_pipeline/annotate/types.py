@@ -15,17 +15,19 @@ from typing import Protocol
 
 import numpy as np
 
+from fw_model.errors import Explained
 
-class RejectedVideo(ValueError):
+
+class RejectedVideo(Explained, ValueError):
     """A file that gives no clip (not a video, truncated, too short, ...). The message is the reason shown to the user."""
 
 
-class RejectedClip(ValueError):
+class RejectedClip(Explained, ValueError):
     """A clip that cannot be annotated truthfully (static camera, too few registered frames, ...). It is quarantined with
     this message and never given made-up poses."""
 
 
-class EngineError(RuntimeError):
+class EngineError(Explained, RuntimeError):
     """An annotator that cannot run at all: its weights are missing or damaged, or there is no such device.
 
     No video is to blame, so a step stops at the first one. The message says what to do.

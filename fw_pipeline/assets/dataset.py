@@ -5,6 +5,7 @@ import dagster as dg
 from fw_pipeline.assets.annotation import depth
 from fw_pipeline.assets.each_video import for_each_video, per_video_asset
 from fw_pipeline.assets.videos import clips
+from fw_pipeline.failures import explained
 from fw_pipeline.resources import PipelineResource
 
 
@@ -17,19 +18,16 @@ def latents(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> No
 
 
 @dg.asset(deps=[depth, latents], group_name="dataset", kinds={"parquet"})
+@explained()
 def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> dg.MaterializeResult:
     """The sharded dataset: manifest.parquet and payload shards, split by video. Its data version is the manifest's digest."""
     from tqdm import tqdm
 
     from fw_model.data.manifest import dataset_digest
     from fw_pipeline.steps.packing import pack
-    from fw_pipeline.steps.pipeline import MissingInput
 
     built = pipeline.build()
-    try:
-        result = pack(built, progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
-    except MissingInput as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+    result = pack(built, progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
     for name, reason in result.quarantined.items():
         context.log.warning("set aside %s: %s", name, reason)
     if result.not_annotated:

@@ -5,6 +5,7 @@ import dagster as dg
 from fw_model.config import Stage
 from fw_pipeline.assets.dataset import training_shards
 from fw_pipeline.assets.pictures import picture
+from fw_pipeline.failures import explained
 from fw_pipeline.resources import TERMINATION_TIMEOUT_SECONDS, PipelineResource
 
 
@@ -24,18 +25,16 @@ def stage2_checkpoint(
     return run_training(context, pipeline, pipes, "stage2")
 
 
+@explained()
 def run_training(
     context: dg.AssetExecutionContext, resource: PipelineResource, pipes: dg.PipesSubprocessClient, stage: Stage
 ) -> dg.MaterializeResult:
     """Check the prerequisites, train in a subprocess that resumes by itself, report what its result.json says."""
     from fw_model.report.figures import loss_curve_png
     from fw_pipeline.steps.settings import PROJECT
-    from fw_pipeline.steps.training_plan import MissingPrerequisite, plan_training
+    from fw_pipeline.steps.training_plan import plan_training
 
-    try:
-        plan = plan_training(resource.settings(), stage)
-    except MissingPrerequisite as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+    plan = plan_training(resource.settings(), stage)
     plan.write_preset()
     context.log.info("output: %s", plan.output)
     if plan.stage1_checkpoint:

@@ -3,8 +3,10 @@
 import dagster as dg
 
 from fw_model.config import Stage
+from fw_model.errors import MissingInput
 from fw_pipeline.assets.pictures import picture
 from fw_pipeline.assets.training import stage1_checkpoint, stage2_checkpoint
+from fw_pipeline.failures import explained
 from fw_pipeline.resources import PipelineResource
 
 
@@ -20,20 +22,17 @@ def stage2_report(context: dg.AssetExecutionContext, pipeline: PipelineResource)
     return report(context, pipeline, "stage2")
 
 
+@explained()
 def report(context: dg.AssetExecutionContext, resource: PipelineResource, stage: Stage) -> dg.MaterializeResult:
     """Write the report of the finished run of this configuration and dataset."""
     from fw_model.report.predict import write_report
     from fw_pipeline.steps.store import Store
-    from fw_pipeline.steps.training_plan import MissingPrerequisite, plan_training
+    from fw_pipeline.steps.training_plan import plan_training
 
     settings = resource.settings()
-    try:
-        plan = plan_training(settings, stage)
-    except MissingPrerequisite as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+    plan = plan_training(settings, stage)
     if plan.result() is None:
-        message = f"{stage} has not finished in {plan.output}.\nRun: dagster job execute -j {stage}_training"
-        raise dg.Failure(message, allow_retries=False)
+        raise MissingInput(f"{stage} has not finished in {plan.output}", f"Run: dagster job execute -j {stage}_training")
     path = Store(settings.data).report(stage)
     summary = write_report(plan.output, plan.dataset, path, device=settings.device)
     context.log.info("report: %s", path)

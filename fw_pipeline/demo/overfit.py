@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fw_model.config import ConfigError, Preset, load_preset
+from fw_model.config import Preset, load_preset
 from fw_model.data.dataset import ClipDataset, collate
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
-from fw_model.errors import TrainingError
+from fw_model.errors import explain_errors
 from fw_model.model.encoders import Encoders
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.checkpoints import load_checkpoint
@@ -156,6 +156,7 @@ def measure(preset: Preset, dataset: Path, checkpoint: Path | None) -> dict[str,
     return sums
 
 
+@explain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 all reached, 1 not or an error, 75 stopped by a signal."""
     parser = argparse.ArgumentParser(prog="make overfit", description="The tiny preset learns one rendered clip by heart.")
@@ -170,9 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ConfigError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for line in missed(found):
         print(f"MISSED  {line}", file=sys.stderr)
     print(json.dumps({"ok": not missed(found), **found, "targets": TARGETS}))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from fw_model.errors import explain_errors
 from fw_pipeline.annotate.truth import ground_truth_path
 from fw_pipeline.annotate.video import write_video
 from fw_pipeline.demo.scenes import SCENES, SHOTS, Scene, Shot, Solid, VideoPlan
@@ -188,12 +190,14 @@ def render_demo(folder: Path, plans: tuple[VideoPlan, ...] = SHOTS, workers: int
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def main() -> None:
+@explain_errors
+def main() -> int:
     parser = argparse.ArgumentParser(description="Render the demo videos, with exact depth and cameras beside them.")
     parser.add_argument("folder", type=Path, help="where the mp4 files go")
     for path in render_demo(parser.parse_args().folder):
         print(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

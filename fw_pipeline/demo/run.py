@@ -20,12 +20,14 @@ from typing import Any
 
 import dagster as dg
 
-from fw_pipeline.launch import Outcome, launch
+from fw_model.errors import Explained, explain_errors
+from fw_pipeline.launch import Outcome, launch, open_instance
 from fw_pipeline.resources import PIPELINE
 from fw_pipeline.steps.review import truth_errors
 from fw_pipeline.steps.settings import Settings
 
 
+@explain_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="Videos to reports, end to end, with the laptop's defaults.")
     parser.add_argument("--videos", type=Path, help="a folder of one's own videos; without it the demo's are rendered")
@@ -44,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if outcome.warned:
         print(f"\nmake demo: not as it should be: {'; '.join(outcome.warned)}", file=sys.stderr)
+    if outcome.unchecked:
+        print(f"\nmake demo: nothing to look at: {'; '.join(outcome.unchecked)}", file=sys.stderr)
     print(json.dumps(summary(settings) | {"seconds": round(time.perf_counter() - started, 1)}))
-    # The rendered videos are known to be enough to learn from; of somebody's own few that cannot be asked.
-    return 1 if outcome.warned and args.videos is None else 0
+    # The rendered videos have a ground truth and are known to be enough to learn from; of somebody's own that cannot be asked.
+    return 1 if (outcome.warned or outcome.unchecked) and args.videos is None else 0
 
 
 def render(folder: Path) -> None:
@@ -56,9 +60,9 @@ def render(folder: Path) -> None:
 
     others = [path for path in (find_videos(folder) if folder.is_dir() else []) if path not in DEMO_VIDEOS]
     if others:
-        raise SystemExit(
-            f"{folder} holds {len(others)} videos of your own (e.g. {others[0]}). To run the pipeline on them: "
-            f"make demo VIDEOS={folder}. To see the rendered demo: FW_DATA=another/folder make demo"
+        raise Explained(
+            f"{folder} holds {len(others)} videos of your own (e.g. {others[0]})",
+            f"To run the pipeline on them: make demo VIDEOS={folder}. To see the rendered demo: FW_DATA=another/folder make demo",
         )
     render_demo(folder)
 
@@ -68,14 +72,16 @@ def run_jobs() -> Outcome:
     from fw_pipeline.jobs import JOBS
 
     warned: list[str] = []
-    with dg.DagsterInstance.get() as instance:
+    unchecked: list[str] = []
+    with open_instance() as instance:
         for number, job in enumerate(JOBS, 1):
             print(f"\n[{number}/{len(JOBS)}] {job.name}: {job.description}", flush=True)
             outcome = launch(instance, job.name)
             warned += outcome.warned
+            unchecked += outcome.unchecked
             if outcome.failed:
-                return Outcome(outcome.failed, warned)
-    return Outcome([], warned)
+                return Outcome(outcome.failed, warned, unchecked)
+    return Outcome([], warned, unchecked)
 
 
 def summary(settings: Settings) -> dict[str, Any]:

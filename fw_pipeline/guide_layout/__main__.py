@@ -17,25 +17,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fw_model.config import ConfigError
-from fw_model.errors import DatasetError
-from fw_model.model.encoders import EncoderError, Encoders
+from fw_model.errors import explain_errors
+from fw_model.model.encoders import Encoders
 from fw_pipeline.guide_layout.exporter import VideoSource, export_guide
 from fw_pipeline.guide_layout.finish import Size
 from fw_pipeline.guide_layout.importer import ImportPlan, import_guide
-from fw_pipeline.guide_layout.metadata import GuideLayoutError
 from fw_pipeline.steps.settings import Settings, settings_from_env
 from fw_pipeline.steps.store import Store
 
 
+@explain_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        settings = settings_from_env(preset=getattr(args, "preset", None), device=getattr(args, "device", None))
-        return _import(args, settings) if args.command == "import" else _export(args, settings)
-    except (GuideLayoutError, DatasetError, ConfigError, EncoderError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    settings = settings_from_env(preset=getattr(args, "preset", None), device=getattr(args, "device", None))
+    return _import(args, settings) if args.command == "import" else _export(args, settings)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from fw_model.errors import Explained
+
 METADATA = "metadata.json"
 LISTS = ("videos", "samples", "data")
 # What an entry says -> the keys it may say it under, the first one found counts. Other keys are left alone.
@@ -39,7 +41,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class GuideLayoutError(ValueError):
+class GuideLayoutError(Explained, ValueError):
     """A folder that cannot be read as the guide layout at all, or samples that keep it from being imported."""
 
 
@@ -55,7 +57,7 @@ class Fault:
         return f"{self.sample}: {self.file}: {self.reason}"
 
 
-class SampleError(ValueError):
+class SampleError(Explained, ValueError):
     """A sample that cannot be used; `faults` lists everything that is wrong with it."""
 
     def __init__(self, *faults: Fault) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
+from fw_model.errors import ANNOTATE_VIDEOS, BUILD_DATASET, MissingInput
 from fw_pipeline.annotate.types import Clip
-from fw_pipeline.steps.pipeline import CODE_VERSION, MissingInput, Pipeline
+from fw_pipeline.steps.pipeline import CODE_VERSION, Pipeline
 from fw_pipeline.steps.results import EncodedClip, EncodedText, FinishedClip, PicturesClip
 from fw_pipeline.steps.store import load_arrays
 
@@ -43,11 +44,7 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
     reasons = {key: _reasons(pipeline, key) for key in ready}
     usable = {key: clips for key in ready if (clips := _good_clips(pipeline, key, reasons[key]))}
     if not usable:
-        listing = [f"  {video}: {reason}" for key, video in ready.items() for reason in reasons[key].values()]
-        raise MissingInput(
-            f"no annotated clip to pack from {pipeline.settings.videos} ({len(ready)} videos annotated, "
-            f"{len(result.not_annotated)} not). Run: python -m fw_pipeline.launch annotate_videos\n" + "\n".join(listing)
-        )
+        raise _nothing_to_pack(pipeline, {ready[key]: list(reasons[key].values()) for key in ready}, result.not_annotated)
     splits = assign_splits([ready[key] for key in sorted(usable)], pipeline.settings.val_percent)
     with ShardWriter(pipeline.store.dataset) as writer:
         for key in progress(ready):
@@ -58,6 +55,26 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
                 _pack_video(pipeline, key, usable[key], splits[ready[key]], writer, result)
     result.bytes_written = writer.bytes_written
     return result
+
+
+def _nothing_to_pack(pipeline: Pipeline, aside: dict[str, list[str]], unfinished: list[str]) -> MissingInput:
+    """What keeps the dataset empty and what helps: an unfinished step is run, a video that was set aside is replaced."""
+    videos = pipeline.settings.videos
+    listing = "".join(f"\n  {named(video, reason)}" for video, reasons in aside.items() for reason in reasons)
+    if unfinished:
+        said = f"no clip to pack from {videos}: {len(unfinished)} videos are not finished, {len(aside)} were set aside{listing}"
+        unannotated = any(pipeline.is_stale(step, key) for step in ("clips", "geometry", "depth") for key in pipeline.videos)
+        return MissingInput(said, f"Run: {ANNOTATE_VIDEOS if unannotated else BUILD_DATASET}")
+    if not aside:
+        return MissingInput(f"no videos in {videos}, so there is no clip to pack", f"Put some there, then run: {ANNOTATE_VIDEOS}")
+    said = f"no clip to pack: every video in {videos} was set aside ({len(aside)} of {len(aside)}){listing}"
+    where = f"the reasons are also in {pipeline.store.root}/*/<video>/done.json"
+    return MissingInput(said, f"Replace or mend these videos, or add others, then run: {ANNOTATE_VIDEOS}; {where}")
+
+
+def named(video: str, reason: str) -> str:
+    """A reason that begins with the file it is about."""
+    return reason if reason.startswith(video) else f"{video}: {reason}"
 
 
 def _pack_video(pipeline: Pipeline, key: str, clips: list[Clip], split: str, writer: ShardWriter, result: PackResult) -> None:

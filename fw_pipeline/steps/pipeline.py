@@ -21,6 +21,7 @@ import numpy as np
 
 from fw_model.config import Preset
 from fw_model.data.online import encode_video
+from fw_model.errors import ANNOTATE_VIDEOS, MissingInput
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
@@ -41,10 +42,7 @@ from fw_pipeline.steps.store import (
 )
 
 CODE_VERSION = 1  # raise when a step's results change for the same inputs
-
-
-class MissingInput(RuntimeError):
-    """A step was asked for before the one it needs; the message names the job to run."""
+_PUT_VIDEOS = "Put videos there, or name a folder that has some: FW_VIDEOS=FOLDER, or make demo VIDEOS=FOLDER"
 
 
 class Pipeline:
@@ -79,13 +77,14 @@ class Pipeline:
         """Video key -> path relative to the videos folder, for every file that looks like a video (listed once)."""
         folder = self.settings.videos
         if not folder.is_dir():
-            raise MissingInput(f"no videos folder at {folder}; put videos there or set FW_VIDEOS to a folder that has some")
+            what = f"{folder} is a file, not a folder of videos" if folder.exists() else f"no videos folder at {folder}"
+            raise MissingInput(what, _PUT_VIDEOS)
         return {clip_io.video_key(path): path for path in clip_io.find_videos(folder)}
 
     def require_videos(self) -> dict[str, str]:
         """`videos`, or MissingInput when the folder has none."""
         if not self.videos:
-            raise MissingInput(f"no videos in {self.settings.videos}; put some there or set FW_VIDEOS to a folder that has some")
+            raise MissingInput(f"no videos in {self.settings.videos}", _PUT_VIDEOS)
         return self.videos
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -246,13 +245,13 @@ class Pipeline:
         """The marker of a finished step of a video; MissingInput when it has not been made."""
         done = self.store.done(step, key)
         if done is None:
-            raise MissingInput(f"{key}: {step} has not been made yet. Run: python -m fw_pipeline.launch annotate_videos")
+            raise MissingInput(f"{key}: {step} has not been made yet", f"Run: {ANNOTATE_VIDEOS}")
         return done
 
     def video_path(self, key: str) -> Path:
         """The video's file. MissingInput when it is gone."""
         if key not in self.videos:
-            raise MissingInput(f"{key}: its video is no longer in {self.settings.videos}; put it back or delete the partition")
+            raise MissingInput(f"{key}: its video is no longer in {self.settings.videos}", "Put it back, or delete the partition")
         return self.settings.videos / self.videos[key]
 
     def _hash(self, key: str) -> str:

@@ -17,11 +17,13 @@ import io
 import json
 from pathlib import Path
 
+from fw_model.errors import Explained
+
 CSV_NAME = "prompts.csv"
 JSON_KEYS = ("caption", "prompt", "text")
 
 
-class PromptError(ValueError):
+class PromptError(Explained, ValueError):
     """A prompt that cannot be read; the message names the file and the line or key."""
 
 

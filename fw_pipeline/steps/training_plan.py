@@ -9,16 +9,12 @@ from typing import Any
 import yaml
 
 from fw_model.config import Preset, Stage
-from fw_model.errors import TRAIN_STAGE1, DatasetError
+from fw_model.errors import TRAIN_STAGE1, DatasetError, MissingInput
 from fw_model.train.identity import CheckpointError, RunIdentity, read_metadata, run_identity
 from fw_pipeline.steps.settings import Settings
 from fw_pipeline.steps.store import Store
 
 _TRAIN_STAGE1 = f"Run: {TRAIN_STAGE1}"
-
-
-class MissingPrerequisite(RuntimeError):
-    """Something an earlier job makes is not there; the message names that job."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class TrainingPlan:
 def plan_training(settings: Settings, stage: Stage) -> TrainingPlan:
     """Check what a stage needs and say where it goes.
 
-    Raises MissingPrerequisite when the dataset or, for stage 2, a finished stage 1 is missing.
+    Raises MissingInput when the dataset or, for stage 2, a finished stage 1 is missing.
     """
     from fw_model.data.manifest import dataset_digest
 
@@ -85,14 +81,14 @@ def plan_training(settings: Settings, stage: Stage) -> TrainingPlan:
     try:
         dataset_id = dataset_digest(store.dataset)
     except DatasetError as error:
-        raise MissingPrerequisite(f"{stage} needs the packed dataset: {error}") from error
+        raise MissingInput(f"{stage} needs the packed dataset: {error}") from error
     identity, checkpoint = run_identity(preset, "stage1", dataset_id), None
     if stage == "stage2":
         checkpoint = _stage1_checkpoint(store.outputs("stage1"), identity)
         try:
             identity = run_identity(preset, stage, dataset_id, read_metadata(checkpoint))
         except CheckpointError as error:
-            raise MissingPrerequisite(f"{stage} starts from a stage 1 checkpoint: {error}\n{_TRAIN_STAGE1}") from error
+            raise MissingInput(f"{stage} starts from a stage 1 checkpoint: {error}", _TRAIN_STAGE1) from error
     output = store.outputs(stage) / identity.name
     return TrainingPlan(stage, preset, store.dataset, output, checkpoint, settings.device, settings.processes)
 
@@ -114,8 +110,8 @@ def _stage1_checkpoint(runs: Path, identity: RunIdentity) -> Path:
     if not found:
         started = [path.name for path in runs.glob(same_configuration)]
         state = f"a run was started but has not finished ({', '.join(started)})" if started else "no such run was started"
-        raise MissingPrerequisite(
-            f"stage 2 needs a finished stage 1 of the same configuration as {runs / identity.name}: {state}.\n{_TRAIN_STAGE1}"
+        raise MissingInput(
+            f"stage 2 needs a finished stage 1 of the same configuration as {runs / identity.name}: {state}", _TRAIN_STAGE1
         )
     run = runs / identity.name
     if run not in found:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fw_model.errors import Explained
 from fw_pipeline.demo import run as run_demo
 from fw_pipeline.demo.run import render
 from fw_pipeline.launch import Outcome
@@ -40,7 +41,7 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(environment: Path) ->
 
 def test_the_demo_never_mixes_with_somebodys_own_videos(tmp_path: Path) -> None:
     (tmp_path / "mine.mp4").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="videos of your own"):
+    with pytest.raises(Explained, match="videos of your own"):
         render(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.mp4"]
 

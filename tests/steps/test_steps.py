@@ -11,12 +11,13 @@ from fw_model.data.manifest import read_manifest, read_texts
 from fw_model.data.online import decode_video
 from fw_model.data.shard_reader import ShardReader
 from fw_model.data.verify import verify
+from fw_model.errors import MissingInput
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.truth import ground_truth_for_clip, load_ground_truth
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 from fw_pipeline.steps import packing as packing_module
 from fw_pipeline.steps.packing import pack
-from fw_pipeline.steps.pipeline import MissingInput, Pipeline
+from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.review import consistency_faults, truth_errors
 from fw_pipeline.steps.settings import settings_from_env
 

@@ -20,7 +20,7 @@ from fw_model.train.checkpoints import CheckpointMetadata, save_checkpoint
 from fw_model.train.identity import run_identity
 from fw_pipeline.steps import training_plan as training
 from fw_pipeline.steps.settings import Settings
-from fw_pipeline.steps.training_plan import MissingPrerequisite, plan_training
+from fw_pipeline.steps.training_plan import MissingInput, plan_training
 from tests.helpers.graph import PROJECT
 
 
@@ -100,7 +100,7 @@ def test_what_decides_the_weights_gives_another_run_of_both_stages(settings: Set
     first = finish(settings, plan_training(changed(settings, *HUB), "stage1"))
     second = plan_training(changed(settings, *HUB), "stage2").output
     other = changed(settings, *HUB, override)
-    with pytest.raises(MissingPrerequisite, match="stage1_training"):
+    with pytest.raises(MissingInput, match="stage1_training"):
         plan_training(other, "stage2")
     assert finish(settings, plan_training(other, "stage1")).parent != first.parent
     assert plan_training(other, "stage2").output.name != second.name
@@ -162,7 +162,7 @@ def test_stage_2_starts_from_the_finished_stage_1_of_its_configuration(settings:
 
 def test_a_stage_1_that_has_only_been_started_is_not_enough(settings: Settings) -> None:
     plan_training(settings, "stage1").write_preset()
-    with pytest.raises(MissingPrerequisite, match="has not finished"):
+    with pytest.raises(MissingInput, match="has not finished"):
         plan_training(settings, "stage2")
 
 
@@ -184,7 +184,7 @@ def test_a_grown_dataset_keeps_the_newest_stage_1_that_took_days(settings: Setti
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"half")], ids=["gone", "truncated"])
 def test_a_checkpoint_that_is_gone_or_damaged_is_named(settings: Settings, spoil: Any) -> None:
     spoil(finish(settings, plan_training(settings, "stage1")))
-    with pytest.raises(MissingPrerequisite, match=r"step-7\.safetensors(.|\n)*stage1_training"):
+    with pytest.raises(MissingInput, match=r"step-7\.safetensors(.|\n)*stage1_training"):
         plan_training(settings, "stage2")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from fw_model.errors import Explained
 from fw_pipeline.annotate.pairwise.pair_graph import PairPrediction, sure_level, to_numpy
 from fw_pipeline.annotate.vectors import length
 
@@ -22,7 +23,7 @@ MIN_INLIERS = 0.2  # share of the points; fewer agreeing ones are chance
 GRID_ORIGINS = (0.0, 0.5)
 
 
-class PnPError(ValueError):
+class PnPError(Explained, ValueError):
     """No camera fits the points of a frame; the message says why."""
 
 
