@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -46,12 +45,3 @@ def payload_hash(arrays: Mapping[str, tuple[str, tuple[int, ...]]], buffers: Map
         digest.update(json.dumps([name, *arrays[name]]).encode())
         digest.update(buffers[name])
     return digest.hexdigest()
-
-
-def file_hash(file: Path) -> tuple[int, str]:
-    """(bytes, xxh64) of a whole file."""
-    digest = xxhash.xxh64()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(8 * 2**20):
-            digest.update(chunk)
-        return handle.tell(), digest.hexdigest()

@@ -9,13 +9,12 @@ the shards that did not change. Any number of processes may use a cache together
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from fw_model.errors import DatasetError, MissingDatasetError
+from fw_model.files import fsync, held_lock, is_locked
 
 log = logging.getLogger(__name__)
 
@@ -122,21 +122,13 @@ class RemoteFolder:
 
     def _in_use(self, temporary: Path) -> bool:
         """Whether a process is writing this download; a dead one holds no lock."""
-        with open(self._lock_file(temporary.with_suffix(".parquet").name), "a+b") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_locked(self._lock_file(temporary.with_suffix(".parquet").name))
 
     def _lock_file(self, name: str) -> Path:
         return self.cache / "locks" / f"{name}.lock"
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with open(self._lock_file(name), "a+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _locked(self, name: str) -> AbstractContextManager[None]:
+        return held_lock(self._lock_file(name))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -176,8 +168,7 @@ def _download(url: str, target: Path, expected: tuple[int, str] | None = None) -
             copy.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
+    fsync(target)
     if expected is not None and (size, digest.hexdigest()) != expected:
         raise OSError(
             f"{size:,} bytes with xxh64 {digest.hexdigest()} arrived, the manifest says {expected[0]:,} and {expected[1]}"

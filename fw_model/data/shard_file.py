@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from fw_model.data.manifest import ClipRow, read_rows, write_rows
 from fw_model.data.payload import Payload, payload_schema
-from fw_model.data.swap import fsync
 from fw_model.errors import DatasetError
+from fw_model.files import fsync
 
 
 @dataclass

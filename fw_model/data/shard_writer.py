@@ -40,12 +40,13 @@ from fw_model.data.manifest import (
     read_texts,
     write_rows,
 )
-from fw_model.data.payload import Payload, file_hash
+from fw_model.data.payload import Payload
 from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_file import FinishedShard, ShardFile, finished_shards
 from fw_model.data.shard_reader import ShardReader
-from fw_model.data.swap import clear_up, fsync, link, packing_folder, remove, swap_in, take_lock, whole_folder
+from fw_model.data.swap import clear_up, new_dataset, packing_folder, swap_in, take_lock
 from fw_model.errors import DatasetError, MissingDatasetError
+from fw_model.files import file_hash, fsync, link, remove
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class ShardWriter:
         finally:
             for shard in self._open.values():
                 shard.abandon()
-            remove(whole_folder(self.path))
+            remove(new_dataset(self.path))
             if not finished_shards(self._work):
                 remove(self._work)
             if self._lock is not None:
@@ -304,7 +305,7 @@ class ShardWriter:
         for kind in list(self._open):
             self._close(kind)
 
-        whole = whole_folder(self.path)
+        whole = new_dataset(self.path)
         whole.mkdir()
         names: dict[str, str] = {}
         files: dict[str, tuple[int, str]] = {}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import shutil
 from pathlib import Path
 from typing import IO
 
 from fw_model.data.manifest import MANIFEST, previous_folder
 from fw_model.errors import DatasetError, PackInProgressError
+from fw_model.files import fsync, lock_owner, own_lock, remove, try_lock
 
 
 def packing_folder(path: Path) -> Path:
@@ -18,7 +15,7 @@ def packing_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.packing"
 
 
-def whole_folder(path: Path) -> Path:
+def new_dataset(path: Path) -> Path:
     """Where a pack puts the new dataset together. It is whole once it has a manifest, which comes last."""
     return packing_folder(path) / "whole"
 
@@ -26,16 +23,11 @@ def whole_folder(path: Path) -> Path:
 def take_lock(path: Path) -> IO[str]:
     """An exclusive lock on `.dataset.lock`, which ends with the file object or with the process."""
     lock = open(path.parent / f".{path.name}.lock", "a+", encoding="utf-8")  # noqa: SIM115 held until the pack is over
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
+    if not try_lock(lock):
+        owner = lock_owner(lock)
         lock.close()
-        raise PackInProgressError(f"{path}: process {owner} is packing this dataset; wait for it or stop it") from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+        raise PackInProgressError(f"{path}: process {owner} is packing this dataset; wait for it or stop it")
+    own_lock(lock)
     return lock
 
 
@@ -55,41 +47,16 @@ def clear_up(path: Path) -> None:
         path.rmdir()
     if path.exists():
         remove(previous_folder(path))
-    if (whole_folder(path) / MANIFEST).is_file():
+    if (new_dataset(path) / MANIFEST).is_file():
         swap_in(path)
         remove(packing_folder(path))
-    remove(whole_folder(path))
+    remove(new_dataset(path))
 
 
 def swap_in(path: Path) -> None:
     """Put the packed folder in place. Between the two renames readers find the old one through `dataset_folder`."""
     if path.exists():
         path.rename(previous_folder(path))
-    whole_folder(path).rename(path)
+    new_dataset(path).rename(path)
     fsync(path.parent)
     remove(previous_folder(path))
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a finished file a second name; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK):
-            raise
-        shutil.copyfile(source, target)
-        fsync(target)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

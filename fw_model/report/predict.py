@@ -14,6 +14,7 @@ from fw_model.cameras import decode_pose
 from fw_model.data.dataset import collate
 from fw_model.data.manifest import dataset_digest
 from fw_model.data.opening import Clips, open_dataset
+from fw_model.files import write_bytes
 from fw_model.metrics import Array, absrel, ate, auc, delta125, depth_scale, relative_pose_errors
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.report.figures import pick_frames, thumbnail_png
@@ -24,7 +25,6 @@ from fw_model.train.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     read_metadata,
-    write_bytes,
 )
 from fw_model.train.losses import make_targets
 from fw_model.train.objective import SCHEDULE, autocast, base_dtype, fixed_draws, generator_for, predict

@@ -11,9 +11,7 @@ index is a pickle.)
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fw_model.config import Preset, Stage
+from fw_model.files import remove, whole_file, whole_folder, write_json
 from fw_model.train.ema import MovingAverage
 from fw_model.train.identity import FORMAT, FORMAT_VERSION, CheckpointError, CheckpointMetadata, flat, read_metadata
 from fw_model.train.optimizers import put_moments_back
@@ -52,15 +51,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: C
     """Write `tensors` as float32 with their metadata; the file appears whole or not at all."""
     fields = {**asdict(metadata), "preset": metadata.preset.model_dump_json()}
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **{k: str(v) for k, v in fields.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _explained(path):
-            _save_tensors(temporary, {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}, header)
-            temporary.replace(path)
-            _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _explained(path), whole_file(path) as temporary:
+        _save_tensors(temporary, {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}, header)
 
 
 def check_usable(path: Path, metadata: CheckpointMetadata, expected_stage: Stage, preset: Preset) -> None:
@@ -155,33 +147,14 @@ def save_state(directory: Path, step: int, files: Mapping[str, Mapping[str, torc
         CheckpointError: it could not be written, a full disk for instance; the states before it are as they were.
     """
     final = directory / f"step-{step}"
-    temporary = directory / f".step-{step}.{os.getpid()}.tmp"
-    _remove(temporary)
-    try:
-        with _explained(final):
-            temporary.mkdir(parents=True)
-            for name, tensors in files.items():
-                _save_tensors(temporary / f"{name}.safetensors", dict(tensors))
-            write_json(temporary / "progress.json", {"format_version": FORMAT_VERSION, "step": step, **progress})
-            _fsync(temporary)
-            _remove(final)  # the same step again, after a run that was stopped at it
-            temporary.rename(final)
-            _fsync(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _explained(final), whole_folder(final) as temporary:  # in place of one of the same step, if a run was stopped at it
+        for name, tensors in files.items():
+            _save_tensors(temporary / f"{name}.safetensors", dict(tensors))
+        write_json(temporary / "progress.json", {"format_version": FORMAT_VERSION, "step": step, **progress})
     states = sorted((s for s in directory.iterdir() if _STEP_FOLDER.fullmatch(s.name)), key=_step_of)
     for old in states[: max(0, len(states) - keep)]:
-        _remove(old)
+        remove(old)
     return final
-
-
-def _remove(state: Path) -> None:
-    """Remove a state folder; a kill half-way leaves a temporary name behind, never half a state under its own."""
-    if state.exists():
-        doomed = state.with_name(f".{state.name.strip('.')}.removed.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        state.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -192,15 +165,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: could not be written ({error}). What was saved before it is whole: make room and run the same command again"
         ) from error
-
-
-def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files that killed runs left in an output folder; the caller is the only one writing there."""
-    for path in [*output.glob(".*.tmp"), *(output / "state").glob(".*.tmp")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def read_progress(state: Path) -> dict[str, Any]:
@@ -228,27 +192,9 @@ def load_tensors(state: Path, name: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{state}: damaged ({error}); delete the folder to go on from the state before it") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    write_bytes(path, json.dumps(value, indent=1).encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary name, flush, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=header)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-    _fsync(path)
 
 
 def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:
@@ -258,14 +204,6 @@ def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-").partition(".")[0])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_state(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from fw_model.train.checkpoints import write_bytes
+from fw_model.files import write_bytes
 
 OnMetrics = Callable[[dict[str, float]], None]
 

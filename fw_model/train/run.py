@@ -18,6 +18,7 @@ from fw_model.config import Preset, Stage, StageConfig
 from fw_model.data.opening import Clips, open_dataset
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.errors import TrainingError
+from fw_model.files import remove_temporaries
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.checkpoints import (
     checkpoint_parameters,
@@ -26,7 +27,6 @@ from fw_model.train.checkpoints import (
     load_state,
     read_metadata,
     read_progress,
-    remove_leftovers,
 )
 from fw_model.train.ema import MovingAverage
 from fw_model.train.identity import RunIdentity
@@ -150,7 +150,8 @@ def build_run(
     metrics = None
     if accelerator.is_main_process:
         claim(output, identity)
-        remove_leftovers(output)
+        for folder in (output, output / "state"):
+            remove_temporaries(folder)
         listeners = _listeners(accelerator, stage, config, identity, on_metrics)
         metrics = MetricsLog(output / "metrics.jsonl", progress.step if state else -1, listeners)
     accelerator.wait_for_everyone()

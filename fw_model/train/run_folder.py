@@ -9,27 +9,23 @@ result.json             written last: the run is complete
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 import xxhash
 
 from fw_model.config import Preset, Stage, WeightsConfig
 from fw_model.errors import TRAIN_STAGE1, TrainingError
-from fw_model.train.checkpoints import check_usable, latest_checkpoint, latest_state, write_json
+from fw_model.files import lock_owner, own_lock, try_lock, update_from_file, write_json
+from fw_model.train.checkpoints import check_usable, latest_checkpoint, latest_state
 from fw_model.train.identity import CheckpointError, CheckpointMetadata, RunIdentity, flat, read_metadata
 
 log = logging.getLogger(__name__)
-
-_BLOCK = 2**24  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ def base_hash(base: WeightsConfig, contents: bool = True) -> str:
         return ""
     for path in files:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        update_from_file(digest, path)
     return digest.hexdigest()
 
 
@@ -170,22 +164,11 @@ def locked(output: Path, patience: float = 60) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("a+", encoding="utf-8") as file:
         deadline = time.monotonic() + patience
-        while not _try_lock(file):
-            file.seek(0)
-            owner = file.read().strip()
+        while not try_lock(file):
+            owner = lock_owner(file)
             if time.monotonic() >= deadline:
                 raise TrainingError(f"{output}: process {owner} is training into it; wait for it or stop it")
             log.info("%s: waiting for process %s to stop", output, owner)
             time.sleep(min(5.0, patience))
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        own_lock(file)
         yield  # closing the file gives the lock back, also when the process is killed
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from PIL import Image
 
 from fw_model.config import ClipConfig
+from fw_model.files import file_hash
 from fw_pipeline.annotate.types import Clip, RejectedVideo
 from fw_pipeline.annotate.video import Scan, decode, scan
 
@@ -59,15 +59,6 @@ def video_key(relative_path: str) -> str:
     plain = unicodedata.normalize("NFKD", relative_path.rsplit(".", 1)[0]).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^a-z0-9]+", "-", plain.lower())[:40].strip("-") or "video"
     return f"{slug}-{hashlib.sha256(relative_path.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-
-
-def file_xxh64(path: Path) -> str:
-    """xxh64 of a file's bytes, 16 hex digits, read in pieces."""
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _relative(video: Path, root: Path) -> str:
@@ -116,7 +107,7 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
             "%s: %d clips, the first %d are kept; to keep all, set clip.max_clips_per_video=%d",
             *(relative, len(picked), clip.max_clips_per_video, len(picked)),
         )
-    digest = file_xxh64(video)
+    digest = file_hash(video)[1]
     return [
         Clip(
             clip_id=f"{key}-s{shot:03d}-c{index:03d}",

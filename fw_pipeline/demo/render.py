@@ -11,7 +11,6 @@ the room, metres. A ray's parameter is its z-depth, because ray directions have 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import cv2
 import numpy as np
 
 from fw_model.errors import explain_errors
+from fw_model.files import whole_file
 from fw_pipeline.annotate.truth import ground_truth_path
 from fw_pipeline.annotate.video import write_video
 from fw_pipeline.demo.scenes import SCENES, SHOTS, Scene, Shot, Solid, VideoPlan
@@ -158,22 +158,17 @@ def _render_video(folder: Path, plan: VideoPlan) -> Path:
             ks.append(intrinsics_of(shot))
             shots.append(index)
     # Hidden names until whole: ingest ignores them, and the mp4 appears last.
-    partial = folder / f".{plan.name}.{os.getpid()}"
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                depth=np.stack(depths),
-                intrinsics=np.stack(ks),
-                w2c=np.stack(poses),
-                timestamps=np.arange(len(images)) / FPS,
-                shot=np.array(shots),
-            )
-        partial.replace(truth)
+    with whole_file(truth) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            depth=np.stack(depths),
+            intrinsics=np.stack(ks),
+            w2c=np.stack(poses),
+            timestamps=np.arange(len(images)) / FPS,
+            shot=np.array(shots),
+        )
+    with whole_file(path) as partial:
         write_video(partial, images, FPS)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +14,12 @@ import torch
 from fw_model.cameras import Cameras, unproject, write_pose_file
 from fw_model.data.manifest import SPLITS, ClipRow, read_manifest
 from fw_model.data.shard_reader import ShardReader
+from fw_model.files import whole_folder, write_json
 from fw_pipeline.annotate.clips import clips_from_json, read_frames, video_key
 from fw_pipeline.annotate.types import Clip
 from fw_pipeline.annotate.video import decode, write_video
 from fw_pipeline.guide_layout.metadata import METADATA, GuideLayoutError
-from fw_pipeline.steps.store import Store, write_json
+from fw_pipeline.steps.store import Store
 
 CameraNumbers = Literal[12, 19]
 Rows = Callable[[list[ClipRow]], Iterable[ClipRow]]
@@ -93,7 +91,7 @@ def export_guide(
     if not rows:
         raise GuideLayoutError(f"{dataset}: no clip to export" + (f" in its {split} split" if split else ""))
     reader = ShardReader(dataset)
-    with _whole_folder(folder) as target:
+    with whole_folder(folder) as target:
         entries = []
         for row in progress(rows):
             if not _FILE_NAME.fullmatch(row.clip_id):
@@ -148,17 +146,3 @@ def _write_clip(row: ClipRow, arrays: dict[str, np.ndarray], target: Path, camer
         "source_video": row.video,
         "split": row.split,
     }
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends without an error."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()  # empty, or this refuses
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

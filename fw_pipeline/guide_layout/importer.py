@@ -15,8 +15,8 @@ from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
 from fw_model.errors import MissingDatasetError
+from fw_model.files import file_hash
 from fw_model.model.encoders import Encoders
-from fw_pipeline.annotate.clips import file_xxh64
 from fw_pipeline.annotate.types import RejectedClip, RejectedVideo
 from fw_pipeline.guide_layout.check import Sample, check_sample
 from fw_pipeline.guide_layout.finish import Size, Window, finish, read_pictures, windows
@@ -205,7 +205,7 @@ def source_of(sample: Sample) -> str:
 
 def _files_digest(sample: Sample) -> str:
     files = (sample.entry.video, sample.entry.camera, *sample.depth_files, *sample.points_files)
-    return hashlib.sha256("".join(map(file_xxh64, files)).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(file_hash(file)[1] for file in files).encode()).hexdigest()[:16]
 
 
 def _note(sample: Sample) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from fw_model.config import Preset
 from fw_model.data.online import encode_video
 from fw_model.errors import ANNOTATE_VIDEOS, MissingInput
+from fw_model.files import file_hash, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
@@ -36,9 +37,7 @@ from fw_pipeline.steps.store import (
     Store,
     load_arrays,
     save_arrays,
-    whole_file,
     write_done,
-    write_json,
 )
 
 CODE_VERSION = 1  # raise when a step's results change for the same inputs
@@ -197,7 +196,6 @@ class Pipeline:
         for prompt in self.texts_of(key):
             file = self.text_file(prompt)
             if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as temporary:
                     save_arrays(temporary, EncodedText(self.encoders.encode_text(prompt)))
 
@@ -262,7 +260,7 @@ class Pipeline:
             stamp = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if {name: known.get(name) for name in stamp} != stamp:
-                known = {**stamp, "xxh64": clip_io.file_xxh64(path)}
+                known = {**stamp, "xxh64": file_hash(path)[1]}
                 write_json(file, known)
             self._hashes[key] = known["xxh64"]
         return self._hashes[key]

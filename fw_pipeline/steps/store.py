@@ -17,11 +17,7 @@ from. Files are the truth: whatever the orchestrator remembers, a step is done w
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fw_model.config import Stage
+from fw_model.files import whole_folder
 
 StepName = Literal["clips", "geometry", "depth", "latents"]
 T = TypeVar("T")
@@ -89,26 +86,9 @@ class Store:
             return None
         return Done.model_validate_json(path.read_text(encoding="utf-8"))
 
-    @contextmanager
-    def writing(self, step: StepName, key: str) -> Iterator[Path]:
+    def writing(self, step: StepName, key: str) -> AbstractContextManager[Path]:
         """A temporary folder that takes the place of the step's folder when the block ends without an error."""
-        final = self.folder(step, key)
-        temporary = final.with_name(f".{key}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for path in temporary.iterdir():
-                _fsync(path)
-            if final.exists():
-                old = final.with_name(f".{key}.{os.getpid()}.old")
-                final.rename(old)
-                temporary.rename(final)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        return whole_folder(self.folder(step, key))
 
 
 def _checked(key: str) -> str:
@@ -124,7 +104,8 @@ def write_done(folder: Path, done: Done) -> None:
 def save_arrays(path: Path, value: Any) -> None:
     """Write a dataclass of arrays as .npz (no pickle)."""
     arrays: dict[str, Any] = {field.name: np.asarray(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    np.savez(path, **arrays)
+    with path.open("wb") as file:  # by name, numpy would add an ending to a temporary one
+        np.savez(file, **arrays)
 
 
 def load_arrays(path: Path, kind: type[T]) -> T:
@@ -134,27 +115,3 @@ def load_arrays(path: Path, kind: type[T]) -> T:
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}; annotate this video again")
         return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name, of the same suffix, for a file that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

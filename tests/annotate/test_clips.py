@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fw_model.config import ClipConfig
+from fw_model.files import file_hash
 from fw_pipeline.annotate.clips import (
     clips_from_json,
     clips_to_json,
     cut_clips,
-    file_xxh64,
     find_videos,
     read_frames,
     video_key,
@@ -86,7 +86,7 @@ def test_clips_take_every_second_frame_of_a_24_fps_video(tmp_path) -> None:
     np.testing.assert_allclose(clips[0].timestamps, np.arange(0, 18, 2) / 24, atol=1e-9)
     np.testing.assert_allclose(clips[1].timestamps, np.arange(18, 36, 2) / 24, atol=1e-9)
     first = clips[0]
-    assert (first.video, first.video_xxh64, first.fps, first.shot) == ("pan.mp4", file_xxh64(video), 12, 0)
+    assert (first.video, first.video_xxh64, first.fps, first.shot) == ("pan.mp4", file_hash(video)[1], 12, 0)
     assert (first.source_height, first.source_width, first.height, first.width, first.frames) == (48, 96, 32, 64, 9)
 
 

@@ -16,6 +16,7 @@ from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.truth import ground_truth_for_clip, load_ground_truth
 from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
 from fw_pipeline.steps import packing as packing_module
+from fw_pipeline.steps import pipeline as steps_module
 from fw_pipeline.steps.packing import pack
 from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.review import consistency_faults, truth_errors
@@ -173,8 +174,8 @@ def test_a_video_is_read_for_its_hash_only_when_its_size_or_time_has_changed(
     key, video = next(iter(pipeline.videos.items()))
     before = pipeline.run("clips", key).fingerprint
     read: list[Path] = []
-    true_hash = clip_io.file_xxh64
-    monkeypatch.setattr(clip_io, "file_xxh64", lambda path: (read.append(path), true_hash(path))[1])
+    true_hash = steps_module.file_hash
+    monkeypatch.setattr(steps_module, "file_hash", lambda path: (read.append(path), true_hash(path))[1])
 
     assert not Pipeline(pipeline.settings).is_stale("clips", key)
     assert read == []

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from fw_pipeline.steps.store import ClipStatus, Done, Store, load_arrays, save_arrays, write_done, write_json
+from fw_model.files import write_json
+from fw_pipeline.steps.store import ClipStatus, Done, Store, load_arrays, save_arrays, write_done
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fw_model import files
 from fw_model.train import __main__ as command_line
 from fw_model.train import checkpoints
 from fw_model.train import loop as train
@@ -73,7 +74,7 @@ def train_and_die(dataset: Path, output: Path, event: int) -> None:
             next(path.iterdir()).unlink()
 
     checkpoints.save_file = deadly(checkpoints.save_file, half_a_file)
-    checkpoints._fsync = deadly(checkpoints._fsync)  # type: ignore[assignment]
+    files.fsync = deadly(files.fsync)  # type: ignore[assignment]
     Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
     Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
     shutil.rmtree = deadly(shutil.rmtree, half_a_folder)  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from fw_pipeline.annotate.clips import file_xxh64
+from fw_model.files import file_hash
 from fw_pipeline.annotate.depth.disparity import DisparityFit, Pixels, fit_pixels, steady_fits, usable_pixels
 from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, EngineError, RejectedClip
 
@@ -184,7 +184,7 @@ class DepthAnythingV2:
         """
         weights = f"{self.model}@{self.revision}"
         if (folder := _local_folder(self.model)) is not None:
-            weights = "+".join(file_xxh64(folder / name) for name in FILES)
+            weights = "+".join(file_hash(folder / name)[1] for name in FILES)
         precision = str(self.torch_dtype).removeprefix("torch.")
         return f"{CODE_VERSION}:{weights}:{self.short_side}:{precision}:{self.min_inliers:g}"
 
