@@ -53,7 +53,7 @@ overfit: setup
 bench: setup
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --quick || exit 1; done
 
-# The real 1.3B configuration with made weights: an optimizer step of each stage in 20 GiB of ordinary memory.
+# The real 1.3B configuration with seeded weights: an optimizer step of each stage in 20 GiB of ordinary memory.
 full-size: setup
 	$(ENV) python -m fw_model.describe.full_size
 

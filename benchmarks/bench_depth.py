@@ -3,7 +3,7 @@
 The fit: AbsRel against exact depth of the demo's scenes with 0, 10, 30 and 45 % of the target pixels bad, the network's disparity
 off by smooth and white noise of 1.4 %; beside least squares on all pixels, and the median and the median absolute deviation
 (MAD) matched. Bars: AbsRel <= 0.013, <= 15 ms a frame of 20,000 pixels.
-The network, with made weights: frames/s of the engine on the CPU, one by one and in batches, beside one frame at a time through
+The network, with seeded weights: frames/s of the engine on the CPU, one by one and in batches, beside one frame at a time through
 transformers' processor, model and post-processing at the same input size; and the memory it takes as the clip grows. With a GPU
 also frames/s and peak memory of the Large network on 81 frames of 512x288 in bfloat16.
 Prints tables and a last line of JSON; exits with 1 when a bar is missed.

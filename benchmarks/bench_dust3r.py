@@ -1,7 +1,7 @@
 """The DUSt3R engine: passes of the network a clip, the time they take, and memory as the clip grows.
 
 Compared with what the original does to a video: every frame paired with the next three, in both directions, both images encoded
-for every pair. The engine runs whole, on exact pointmaps of a demo scene; beside each answer a network with made weights does
+for every pair. The engine runs whole, on exact pointmaps of a demo scene; beside each answer a network with seeded weights does
 the work that is timed. Bars: at least 4 times fewer encoder passes and 4 times fewer decoder passes; memory per frame that
 does not grow with the clip. With a GPU also frames/s and peak memory of the full-size network (81 frames, 512x288, bfloat16).
 Prints tables and a last line of JSON; exits with 1 when a bar is missed.
@@ -137,9 +137,9 @@ def main() -> int:
     print(f"{'times fewer':24}{passes['encoder_ratio']:9.2f}{passes['decoder_ratio']:9.2f}")
     missed += [f"{kind} passes" for kind in ("encoder", "decoder") if passes[f"{kind}_ratio"] < MIN_RATIO]
     result: dict[str, object] = {"passes": passes}
-    timing = {"cpu, middle size, 192x128": time_passes(17 if quick else 33, 128, 192, DUSt3R.made(MIDDLE, 0), "cpu")}
+    timing = {"cpu, middle size, 192x128": time_passes(17 if quick else 33, 128, 192, DUSt3R.seeded(MIDDLE, 0), "cpu")}
     if torch.cuda.is_available():
-        full = DUSt3R.made(DUSt3RConfig().to_dict(), 0, torch.bfloat16).to("cuda")
+        full = DUSt3R.seeded(DUSt3RConfig().to_dict(), 0, torch.bfloat16).to("cuda")
         time_passes(9, 288, 512, full, "cuda")  # warms up
         timing["cuda, full size, 512x288, bfloat16"] = time_passes(CLIP, 288, 512, full, "cuda")
     print(f"\n{'network time of a clip':38}{'frames':>8}{'engine s':>10}{'plain s':>9}{'ratio':>7}{'frames/s':>10}")

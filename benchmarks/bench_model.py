@@ -73,7 +73,7 @@ class NoAdapter(nn.Module):
 
 
 def build(config: ModelConfig) -> FantasyWorld:
-    world = FantasyWorld(config, WanBackbone.made(config.wan, seed=0))
+    world = FantasyWorld(config, WanBackbone.seeded(config.wan, seed=0))
     world.initialise(seed=0)
     world.enable_gradient_checkpointing()
     return world

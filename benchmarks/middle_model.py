@@ -33,9 +33,9 @@ class Size:
     clip: ClipSize
 
     def preset(self, *overrides: str) -> Preset:
-        """The real preset at this size, with made weights; `overrides` as for `load_preset`."""
+        """The real preset at this size, with seeded weights; `overrides` as for `load_preset`."""
         clip = {"frames": self.clip.frames, "short_side": self.clip.height, "long_side": self.clip.width}
-        keys: dict[str, Any] = {"name": self.name, "base.source": "made", "encoders.weights.source": "made"}
+        keys: dict[str, Any] = {"name": self.name, "base.source": "seeded", "encoders.weights.source": "seeded"}
         keys |= {f"clip.{key}": value for key, value in clip.items()}
         if self.shrink > 1:
             keys |= self._model_keys()

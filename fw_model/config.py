@@ -111,9 +111,9 @@ ENCODING_VERSIONS = {
 
 
 class WeightsConfig(Config):
-    """Where weights come from: a hub repository or local folder, or `made` (filled from a seed, nothing downloaded)."""
+    """Where weights come from: a hub repository or local folder, or `seeded` (filled from a seed, nothing downloaded)."""
 
-    source: Literal["hub", "made"] = "hub"
+    source: Literal["hub", "seeded"] = "hub"
     repo: str = ""
     revision: str = "main"
     seed: int = 0
@@ -121,7 +121,7 @@ class WeightsConfig(Config):
     @property
     def identity(self) -> str:
         """Names these weights in dataset and checkpoint metadata; two runs that differ here may not be mixed."""
-        return f"{self.repo}@{self.revision}" if self.source == "hub" else f"made:{self.seed}"
+        return f"{self.repo}@{self.revision}" if self.source == "hub" else f"seeded:{self.seed}"
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
@@ -133,7 +133,7 @@ class WeightsConfig(Config):
 class EncodersConfig(Config):
     """VAE, text and image encoders. They run once per clip in the pipeline and are never loaded while training.
 
-    The dimensions are used for made weights only; hub weights bring their own configuration.
+    The dimensions are used for seeded weights only; hub weights bring their own configuration.
     """
 
     weights: WeightsConfig
@@ -152,7 +152,7 @@ class EncodersConfig(Config):
         They stand in the dataset with every clip and prompt. Features may be used together, and by a training run, only
         where these are equal. `text_len`: tokens at which prompts are cut.
         """
-        made = self.weights.source == "made"
+        seeded = self.weights.source == "seeded"
         sizes = {
             "vae": f"width {self.vae_dim}",
             "text": f"width {self.text_dim} x {self.text_layers}",
@@ -160,7 +160,7 @@ class EncodersConfig(Config):
         }
         named = {}
         for part, version in ENCODING_VERSIONS.items():
-            facts = [sizes[part]] if made else []  # published weights have the sizes of their repository
+            facts = [sizes[part]] if seeded else []  # published weights have the sizes of their repository
             facts += [f"cut at {text_len} tokens"] if part == "text" else []
             named[part] = f"{self.weights.identity} {part} ({', '.join([*facts, self.dtype, f'v{version}'])})"
         return named

@@ -1,4 +1,8 @@
-"""Trajectories: camera paths by name, in clip units, in the conventions of `fw_model.cameras`; the first camera is the world."""
+"""Trajectories: camera paths by name, in clip units, in the conventions of `fw_model.cameras`; the first camera is the world.
+
+Moves have the names of film: `pan` and `tilt` turn the camera, `truck` and `pedestal` shift it. The base model's own pose files
+call a shift to the side Pan_Left and Pan_Right; they are trucks here.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,16 @@ def pan(frames: int, degrees: float = 30.0) -> Tensor:
 def tilt(frames: int, degrees: float = 20.0) -> Tensor:
     """w2c [T, 3, 4]: the camera stays and turns about its x axis, upwards for positive degrees."""
     return _look(_turn_x(_ramp(frames) * math.radians(degrees)), torch.zeros(frames, 3))
+
+
+def truck(frames: int, distance: float = 0.5) -> Tensor:
+    """w2c [T, 3, 4]: the camera moves along its x axis without turning, to the right for positive distance (clip units)."""
+    return _look(torch.eye(3).expand(frames, 3, 3), _ramp(frames)[:, None] * torch.tensor([distance, 0.0, 0.0]))
+
+
+def pedestal(frames: int, distance: float = 0.5) -> Tensor:
+    """w2c [T, 3, 4]: the camera moves along its y axis without turning, upwards for positive distance (clip units)."""
+    return _look(torch.eye(3).expand(frames, 3, 3), _ramp(frames)[:, None] * torch.tensor([0.0, -distance, 0.0]))
 
 
 def zoom(frames: int, distance: float = 0.5) -> Tensor:
@@ -57,6 +71,10 @@ TRAJECTORIES: dict[str, Callable[[int], Tensor]] = {
     "pan_right": lambda frames: pan(frames, 30.0),
     "tilt_up": lambda frames: tilt(frames, 20.0),
     "tilt_down": lambda frames: tilt(frames, -20.0),
+    "truck_left": lambda frames: truck(frames, -0.5),
+    "truck_right": lambda frames: truck(frames, 0.5),
+    "pedestal_up": lambda frames: pedestal(frames, 0.5),
+    "pedestal_down": lambda frames: pedestal(frames, -0.5),
     "zoom_in": lambda frames: zoom(frames, 0.5),
     "zoom_out": lambda frames: zoom(frames, -0.5),
     "orbit_left": lambda frames: orbit(frames, -45.0),

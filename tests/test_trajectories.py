@@ -35,11 +35,21 @@ def test_trajectories_move_the_way_they_are_named() -> None:
     assert where_is("pan_left", ahead)[0] > 1
     assert where_is("tilt_up", ahead)[1] > 1
     assert where_is("tilt_down", ahead)[1] < -1
+    assert where_is("truck_right", ahead)[0] < 0 < where_is("truck_left", ahead)[0]
+    assert where_is("pedestal_up", ahead)[1] > 0 > where_is("pedestal_down", ahead)[1]
     aside = (0.2, 0.0, 2.0)
     assert where_is("zoom_out", aside)[0] < where_is("zoom_in", aside)[0]
     centres = invert_pose(make_trajectory("orbit_right", 9, 64, 96).w2c)[:, :, 3]
     assert centres[-1, 0] > 0.1
     assert invert_pose(make_trajectory("orbit_left", 9, 64, 96).w2c)[-1, 0, 3] < -0.1
+
+
+@pytest.mark.parametrize("name", ["truck_left", "truck_right", "pedestal_up", "pedestal_down"])
+def test_trucks_and_pedestals_shift_and_pans_and_tilts_turn(name: str) -> None:
+    shifted = make_trajectory(name, 9, 64, 96).w2c
+    assert torch.equal(shifted[..., :3], torch.eye(3).expand(9, 3, 3).to(shifted))
+    turned = make_trajectory({"truck": "pan_left", "pedestal": "tilt_up"}[name.partition("_")[0]], 9, 64, 96).w2c
+    assert torch.equal(turned[..., 3], torch.zeros(9, 3).to(turned))
 
 
 @pytest.mark.parametrize("name", ["orbit_left", "orbit_right", "orbit_360deg", "spiral"])

@@ -57,11 +57,11 @@ def _info(path: str, as_json: bool) -> int:
     for name, makers in found["made_by"].items():
         for maker, count in makers.items():
             print(f"  {name}: {maker} ({count} clips)")
-    print(f"  {len(found['quarantined'])} set aside")
+    print(f"  {len(found['set_aside'])} set aside")
     for reason, count in found["reasons"].items():
         print(f"    {count} x {reason}")
-    for item in found["quarantined"]:
-        print(f"  quarantined {item['clip_id']} ({item['video']}): {item['reason']}")
+    for item in found["set_aside"]:
+        print(f"  set aside {item['clip_id']} ({item['video']}): {item['reason']}")
     return 0
 
 
@@ -101,7 +101,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         },
         "made_by": {name: dict(makers) for name, makers in sorted(made_by.items())},
         "reasons": dict(Counter(row.quarantine for row in aside).most_common()),
-        "quarantined": [{"clip_id": row.clip_id, "video": row.video, "reason": row.quarantine} for row in aside],
+        "set_aside": [{"clip_id": row.clip_id, "video": row.video, "reason": row.quarantine} for row in aside],
     }
 
 

@@ -32,7 +32,7 @@ _SHARD_NAME = re.compile(r"(train|val|texts)-\d{5}-of-\d{5}\.parquet")
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One row of the manifest. A quarantined clip has a reason and no payload (shard "", row_group -1, split "" if unknown).
+    """One row of the manifest. A clip set aside has a reason and no payload (shard "", row_group -1, split "" if unknown).
 
     `texts.parquet` has the same rows for prompts: clip_id a digest of the prompt, split "texts", one array "text" [L, D].
     """
@@ -148,7 +148,7 @@ class Manifest(Sequence[ClipRow]):
         return {name: (int(size), str(xxh64)) for name, (size, xxh64) in json.loads(text).items()}
 
     def update_digest(self, digest: Any) -> None:
-        """Hash what training sees of the rows that are not quarantined, column by column."""
+        """Hash what training sees of the rows that are not set aside, column by column."""
         seen = ("clip_id", "video", "split", "bucket", "fps", "scale", "prompt", "arrays", "xxh64", "versions")
         self.select(self.equal("quarantine", ""))._update(digest, seen)
 
@@ -221,7 +221,7 @@ def parse_arrays(text: str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """All rows of a dataset's manifest, ordered by clip id, quarantined clips included. path: a folder, or a URL.
+    """All rows of a dataset's manifest, ordered by clip id, clips set aside included. path: a folder, or a URL.
 
     Raises MissingDatasetError naming the folder and the job that makes it; DatasetError for a manifest that is damaged, of
     another format version, or that points outside its folder.
@@ -307,7 +307,7 @@ def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
 def dataset_digest(path: str | Path) -> str:
     """16 hex digits of what training sees: the packed clips and prompts with their payload hashes, splits and versions.
 
-    The layout (shard names, order of packing), quality numbers and quarantined clips do not change it.
+    The layout (shard names, order of packing), quality numbers and clips set aside do not change it.
     """
     digest = hashlib.sha256(str(FORMAT_VERSION).encode())
     manifest = read_manifest(path)

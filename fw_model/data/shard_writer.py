@@ -1,6 +1,6 @@
 """Writing the packed dataset.
 
-    dataset/manifest.parquet                one row per clip, quarantined clips included; written last
+    dataset/manifest.parquet                one row per clip, clips set aside included; written last
     dataset/train-00000-of-00012.parquet    clips: one split and one bucket per shard, ONE ROW GROUP = ONE CLIP
     dataset/texts.parquet                   one row per distinct prompt, the empty one included
     dataset/texts-00000-of-00001.parquet    prompt embeddings, one row group each
@@ -170,7 +170,7 @@ class ShardWriter:
         """List a clip that is not packed, and why."""
         self._check_new(clip_id)
         if not reason:
-            raise ValueError(f"clip {clip_id}: a quarantined clip needs a reason")
+            raise ValueError(f"clip {clip_id}: a clip that is set aside needs a reason")
         row = self._rows[clip_id] = ClipRow(clip_id=clip_id, video=video, split=split or "", quarantine=reason)
         return row
 
@@ -331,7 +331,7 @@ class ShardWriter:
         if not good:
             reasons = [f"  {row.clip_id}: {row.quarantine}" for row in self._rows.values()][:5]
             raise DatasetError(
-                "\n".join([f"{self.path}: no clip to pack, {len(self._rows)} quarantined; nothing written", *reasons])
+                "\n".join([f"{self.path}: no clip to pack, {len(self._rows)} set aside; nothing written", *reasons])
             )
         encoded = [row for row in good if "latents" in row.arrays]
         if encoded and text_id("") not in self._texts:

@@ -1,4 +1,4 @@
-"""The real 1.3B configuration on an ordinary machine: one optimizer step of each stage, with made weights.
+"""The real 1.3B configuration on an ordinary machine: one optimizer step of each stage, with seeded weights.
 
     python -m fw_model.describe.full_size
 
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fw_model.describe.full_size", description="One step of each stage at full size."
     )
-    parser.add_argument("--preset", default=PUBLISHED, help="name of a preset, or a YAML file; its base is always made")
-    preset = load_preset(parser.parse_args(argv).preset, ["base.source=made"])
+    parser.add_argument("--preset", default=PUBLISHED, help="name of a preset, or a YAML file; its base is always seeded")
+    preset = load_preset(parser.parse_args(argv).preset, ["base.source=seeded"])
     torch.manual_seed(0)
 
     choices: dict[Stage, OptimizerChoice] = {}

@@ -99,7 +99,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 class WanBackbone(nn.Module):
     """Wan2.1-Fun-V1.1-1.3B-Control-Camera (or the same architecture in other widths). Parameters are frozen.
 
-    Give weights with `from_pretrained`, `load_original_state_dict` or `made`; `from_config` leaves torch's random ones.
+    Give weights with `from_pretrained`, `load_original_state_dict` or `seeded`; `from_config` leaves torch's random ones.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -135,7 +135,7 @@ class WanBackbone(nn.Module):
         return cls(config)
 
     @classmethod
-    def made(cls, config: WanConfig, seed: int) -> WanBackbone:
+    def seeded(cls, config: WanConfig, seed: int) -> WanBackbone:
         """Weights filled from a seed and the published keys: reproducible anywhere, nothing downloaded."""
         with torch.device("meta"):
             model = cls(config)

@@ -1,7 +1,7 @@
 """The frozen encoders that turn a clip into what the DiT reads: Wan's VAE, UMT5 and CLIP.
 
 They run once per clip in the pipeline; training reads their cached output and never loads them.
-`Encoders.from_config` loads the published models through diffusers and transformers, or, for `source: made`, builds the
+`Encoders.from_config` loads the published models through diffusers and transformers, or, for `source: seeded`, builds the
 same classes small and fills them from a seed, so that a laptop runs the same code with nothing to download.
 """
 
@@ -17,7 +17,7 @@ from fw_model.config import EncodersConfig
 from fw_model.errors import Explained
 
 LATENT_CHANNELS = 16
-# Wan's own per-channel statistics do not fit made VAE weights; theirs are measured once on this many noise frames.
+# Wan's own per-channel statistics do not fit seeded VAE weights; theirs are measured once on this many noise frames.
 _CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
 
 
@@ -44,14 +44,14 @@ class Encoders:
         """Load or make the encoders.
 
         Args:
-            config: which weights, and the dimensions of made ones.
+            config: which weights, and the dimensions of seeded ones.
             text_len: prompts are cut to this many tokens (512 for the published base).
             device: torch device they run on.
 
         Raises:
             EncoderError: the weights are not on disk and cannot be downloaded.
         """
-        parts = _make(config) if config.weights.source == "made" else _load(config, getattr(torch, config.dtype))
+        parts = _make(config) if config.weights.source == "seeded" else _load(config, getattr(torch, config.dtype))
         for module in (parts["vae"], parts["text"], parts["image"]):
             module.to(device).eval().requires_grad_(False)
         return cls(**parts, text_len=text_len, identities=config.identities(text_len))

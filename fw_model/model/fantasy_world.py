@@ -86,8 +86,8 @@ class FantasyWorld(nn.Module):
             BaseModelError: the base is missing (says what to download) or another model (says which).
         """
         wan = preset.model.wan
-        if preset.base.source == "made":
-            base = WanBackbone.made(wan, preset.base.seed)
+        if preset.base.source == "seeded":
+            base = WanBackbone.seeded(wan, preset.base.seed)
         else:
             base = WanBackbone.from_pretrained(preset.base.repo, wan, preset.base.revision)
         with torch.device("meta"):

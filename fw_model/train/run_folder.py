@@ -50,7 +50,7 @@ def base_hash(base: WeightsConfig, contents: bool = True) -> str:
     Raises BaseModelError: not there, says what to download.
     """
     digest = xxhash.xxh3_128()
-    if base.source == "made":
+    if base.source == "seeded":
         digest.update(base.identity.encode())
         return digest.hexdigest()
     from fw_model.model.wan_weights import find_weight_files  # diffusers with it; who only wants to know the digests needs it not

@@ -22,7 +22,7 @@ from PIL import Image
 
 from fw_model.config import ClipConfig
 from fw_model.files import file_hash
-from fw_pipeline.annotate.types import Clip, RejectedVideo
+from fw_pipeline.annotate.types import Clip, VideoSetAside
 from fw_pipeline.annotate.video import Scan, decode, scan
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
@@ -62,19 +62,19 @@ def video_key(relative_path: str) -> str:
 
 
 def _relative(video: Path, root: Path) -> str:
-    """The video's path inside `root`; RejectedVideo when its name is unsafe or it lies, or links, elsewhere."""
+    """The video's path inside `root`; VideoSetAside when its name is unsafe or it lies, or links, elsewhere."""
     shown = ascii(video.name)[1:-1]
     try:
         relative = video.relative_to(root)
     except ValueError as error:
-        raise RejectedVideo(f"{shown}: not inside the videos folder {root}") from error
+        raise VideoSetAside(f"{shown}: not inside the videos folder {root}") from error
     text = relative.as_posix()
     if ".." in relative.parts:
-        raise RejectedVideo(f"{shown}: its path leads out of the videos folder ('..')")
+        raise VideoSetAside(f"{shown}: its path leads out of the videos folder ('..')")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
-        raise RejectedVideo(f"{shown}: control or undecodable characters in its path; rename it")
+        raise VideoSetAside(f"{shown}: control or undecodable characters in its path; rename it")
     if not video.resolve().is_relative_to(root.resolve()):
-        raise RejectedVideo(f"{shown}: a link that leads out of the videos folder {root}")
+        raise VideoSetAside(f"{shown}: a link that leads out of the videos folder {root}")
     return text
 
 
@@ -94,14 +94,14 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
         clip: frames, fps, buckets, stride, limit per video.
         key: `video_key` of the video; starts the clip ids.
 
-    Raises RejectedVideo with the reason when there is no clip in it.
+    Raises VideoSetAside with the reason when there is no clip in it.
     """
     relative = _relative(video, root)
     found = scan(video)
     height, width, _ = clip.bucket(found.height, found.width)
     picked = [(shot, index, times) for shot, span in enumerate(found.shots) for index, times in _shot_clips(found, span, clip)]
     if not picked:
-        raise RejectedVideo(f"{video.name}: {_why_none(found, clip)}")
+        raise VideoSetAside(f"{video.name}: {_why_none(found, clip)}")
     if len(picked) > clip.max_clips_per_video:
         logger.warning(
             "%s: %d clips, the first %d are kept; to keep all, set clip.max_clips_per_video=%d",
@@ -281,7 +281,7 @@ def annotation_size(clip: Clip, long_side: int) -> tuple[int, int]:
 def read_frames(video: Path, clip: Clip, height: int, width: int) -> np.ndarray:
     """The clip's frames [T, height, width, 3] uint8 RGB, resized and cropped by `FrameTransform`.
 
-    Seeks near the first frame. Raises RejectedVideo for an unreadable file, ValueError when a frame is not there: the file
+    Seeks near the first frame. Raises VideoSetAside for an unreadable file, ValueError when a frame is not there: the file
     is not the one the clip was cut from.
     """
     transform = FrameTransform(clip.source_height, clip.source_width, height, width)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fw_model.cameras import unproject
-from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, ClipSetAside
 
 MAX_INTERPOLATED = 0.2  # share of frames whose pose was filled in from their neighbours
 MIN_VALID = 0.2  # share of pixels with a depth
@@ -24,11 +24,11 @@ def check_geometry(geometry: ClipGeometry) -> dict[str, float]:
         pixels), neighbour_error (median relative depth disagreement with the next frame).
 
     Raises:
-        RejectedClip: a value is not finite or misses its bar; the message has the numbers.
+        ClipSetAside: a value is not finite or misses its bar; the message has the numbers.
     """
     for name in ("w2c", "intrinsics", "depth", "confidence", "inlier_ratio", "reprojection_error"):
         if not np.isfinite(getattr(geometry, name)).all():
-            raise RejectedClip(f"geometry: {name} has values that are not finite")
+            raise ClipSetAside(f"geometry: {name} has values that are not finite")
     numbers = {
         "inlier_ratio": float(geometry.inlier_ratio.mean()),
         "reprojection_error": float(np.median(geometry.reprojection_error)),
@@ -49,7 +49,7 @@ def check_geometry(geometry: ClipGeometry) -> dict[str, float]:
                 f"neighbouring frames disagree by {numbers['neighbour_error']:.0%} in depth (at most {NEIGHBOUR_TOLERANCE:.0%})"
             )
     if failed:
-        raise RejectedClip("geometry not good enough: " + "; ".join(failed))
+        raise ClipSetAside("geometry not good enough: " + "; ".join(failed))
     return numbers
 
 
@@ -62,13 +62,13 @@ def check_depth(result: ClipDepth, geometry: ClipGeometry) -> dict[str, float]:
         neighbour_error of the final depth. Only the first where every frame carries the geometry's own depth.
 
     Raises:
-        RejectedClip: a value is not finite, negative, or misses its bar; the message has the numbers.
+        ClipSetAside: a value is not finite, negative, or misses its bar; the message has the numbers.
     """
     for name in ("depth", "confidence", "scale", "shift", "inlier_ratio", "residual"):
         if not np.isfinite(getattr(result, name)).all():
-            raise RejectedClip(f"depth: {name} has values that are not finite")
+            raise ClipSetAside(f"depth: {name} has values that are not finite")
     if (result.depth < 0).any():
-        raise RejectedClip("depth has negative values")
+        raise ClipSetAside("depth has negative values")
     fitted = result.source != ClipDepth.SOURCES.index("geometry")
     numbers = {"network_depth": float(fitted.mean())}
     if not fitted.any():
@@ -86,7 +86,7 @@ def check_depth(result: ClipDepth, geometry: ClipGeometry) -> dict[str, float]:
         if not numbers[name] <= bar
     ]
     if failed:
-        raise RejectedClip("depth not good enough: " + "; ".join(failed))
+        raise ClipSetAside("depth not good enough: " + "; ".join(failed))
     return numbers
 
 
@@ -101,7 +101,7 @@ def _scale_error(depth: np.ndarray, own: np.ndarray) -> float:
 
 
 def check_consistency(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> None:
-    """Raise RejectedClip unless depth, intrinsics and poses describe one world seen from its first camera.
+    """Raise ClipSetAside unless depth, intrinsics and poses describe one world seen from its first camera.
 
     World points of frame t, projected by w2c_t, must land on their own pixels (within 0.5 px: what rounding to float16 and
     float32 may cost); the first pose is the identity, rotations are rotations, everything is finite.
@@ -113,24 +113,24 @@ def check_consistency(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray
     """
     for name, value in (("depth", depth), ("intrinsics", intrinsics), ("w2c", w2c)):
         if not np.isfinite(value).all():
-            raise RejectedClip(f"{name} has values that are not finite")
+            raise ClipSetAside(f"{name} has values that are not finite")
     if (depth < 0).any():
-        raise RejectedClip("depth has negative values")
+        raise ClipSetAside("depth has negative values")
     if not (depth > 0).any():
-        raise RejectedClip("not a single pixel has a depth")
+        raise ClipSetAside("not a single pixel has a depth")
     if not np.allclose(w2c[0], np.eye(3, 4), atol=1e-6):
-        raise RejectedClip("the first camera is not the identity")
+        raise ClipSetAside("the first camera is not the identity")
     rotation = w2c[:, :, :3].astype(np.float64)
     skew = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
     if skew > 1e-3 or (np.linalg.det(rotation) < 0).any():
-        raise RejectedClip(f"w2c holds matrices that are no rotations (off by {skew:.2g})")
+        raise ClipSetAside(f"w2c holds matrices that are no rotations (off by {skew:.2g})")
     points = _world(depth, intrinsics, w2c)
     uv, z = _project(points, intrinsics, w2c)
     off = np.abs(uv - _grid(*depth.shape[1:])).max(-1)
     bad = (depth > 0) & ((off > GRID_TOLERANCE) | (np.abs(z - depth) > 0.01 * depth))
     if bad.any():
         t = int(bad.reshape(len(bad), -1).any(1).argmax())
-        raise RejectedClip(f"points of frame {t} land up to {off[t][depth[t] > 0].max():.2f} px from their pixels")
+        raise ClipSetAside(f"points of frame {t} land up to {off[t][depth[t] > 0].max():.2f} px from their pixels")
 
 
 def neighbour_error(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) -> float:
@@ -160,14 +160,14 @@ def to_clip_units(depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray) ->
         (depth, w2c, scale): in clip units, and what they were divided by.
 
     Raises:
-        RejectedClip: no valid point, or a distance that is not finite.
+        ClipSetAside: no valid point, or a distance that is not finite.
     """
     valid = depth > 0
     if not valid.any():
-        raise RejectedClip("not a single pixel has a depth")
+        raise ClipSetAside("not a single pixel has a depth")
     scale = float(np.linalg.norm(_world(depth, intrinsics, w2c)[valid], axis=-1).mean())
     if not np.isfinite(scale) or scale <= 0:
-        raise RejectedClip(f"mean distance of the clip's points is {scale}")
+        raise ClipSetAside(f"mean distance of the clip's points is {scale}")
     moved = np.array(w2c, copy=True)
     moved[:, :, 3] /= scale
     return depth / scale, moved, scale

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from fw_pipeline.annotate.quality import MAX_INTERPOLATED
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.annotate.vectors import length
 
 MIN_PARALLAX = 0.01  # extent of the camera's path over the scene's median depth
@@ -17,11 +17,11 @@ MIN_PARALLAX = 0.01  # extent of the camera's path over the scene's median depth
 def fill_missing_poses(poses: Sequence[np.ndarray | None], why: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Poses w2c [3, 4] of a clip, None where PnP failed -> (w2c [T, 3, 4], interpolated [T] bool). `why` ends the message.
 
-    Raises RejectedClip when more than MAX_INTERPOLATED of the frames are missing.
+    Raises ClipSetAside when more than MAX_INTERPOLATED of the frames are missing.
     """
     missing = np.array([pose is None for pose in poses], bool)
     if not len(missing) or missing.mean() > MAX_INTERPOLATED:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the camera of {missing.sum()} of {len(missing)} frames could not be found (at most {MAX_INTERPOLATED:.0%})"
             + (f": {why}" if why else "")
         )
@@ -50,17 +50,17 @@ def fill_poses(poses: dict[int, np.ndarray], count: int) -> np.ndarray:
 
 
 def require_motion(w2c: np.ndarray, depth: np.ndarray) -> None:
-    """Raise RejectedClip when the camera's path [T, 3, 4] is too short for the scene's depth (any shape, 0 = unknown).
+    """Raise ClipSetAside when the camera's path [T, 3, 4] is too short for the scene's depth (any shape, 0 = unknown).
 
     Then nothing ties the frames' depths together: the camera stands still, or turns on the spot.
     """
     known = depth[depth > 0]
     if not known.size:
-        raise RejectedClip("no depth is known anywhere")
+        raise ClipSetAside("no depth is known anywhere")
     centres = -np.einsum("tji,tj->ti", w2c[:, :, :3], w2c[:, :, 3])
     extent, distance = float(length(np.ptp(centres, axis=0))), float(np.median(known))
     if not extent >= MIN_PARALLAX * distance:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the camera does not move: its path spans {100 * extent / distance:.2g} % of the scene's median depth, "
             f"{100 * MIN_PARALLAX:g} % is needed"
         )

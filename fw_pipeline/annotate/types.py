@@ -18,12 +18,12 @@ import numpy as np
 from fw_model.errors import Explained
 
 
-class RejectedVideo(Explained, ValueError):
+class VideoSetAside(Explained, ValueError):
     """A file that gives no clip (not a video, truncated, too short, ...). The message is the reason shown to the user."""
 
 
-class RejectedClip(Explained, ValueError):
-    """A clip that cannot be annotated truthfully (static camera, too few registered frames, ...). It is quarantined with
+class ClipSetAside(Explained, ValueError):
+    """A clip that cannot be annotated truthfully (static camera, too few registered frames, ...). It is set aside with
     this message and never given made-up poses."""
 
 
@@ -103,7 +103,7 @@ class GeometryEngine(Protocol):
     def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
         """frames [T, h, w, 3] uint8 RGB; intrinsics [3, 3] pixels when known, else estimated.
 
-        Raises RejectedClip with the reason when no trustworthy geometry exists.
+        Raises ClipSetAside with the reason when no trustworthy geometry exists.
         """
         ...
 

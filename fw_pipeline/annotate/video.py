@@ -21,7 +21,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from fw_pipeline.annotate.types import RejectedVideo
+from fw_pipeline.annotate.types import VideoSetAside
 
 # Only real containers: a playlist dressed up as a video could make the demuxer open other files.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
@@ -66,29 +66,29 @@ def upright(pixels: np.ndarray, quarter_turns: int) -> np.ndarray:
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoStream, Fraction]]:
     """The container, its video track and the track's unit of time in seconds.
 
-    Raises RejectedVideo for a file that holds no readable video.
+    Raises VideoSetAside for a file that holds no readable video.
     """
     size = path.stat().st_size
     if size == 0:
-        raise RejectedVideo(f"{path.name}: empty file (0 bytes)")
+        raise VideoSetAside(f"{path.name}: empty file (0 bytes)")
     with path.open("rb") as file:
         is_mp4 = file.read(12)[4:8] == b"ftyp"
     try:
         container = av.open(str(path.absolute()), options={"format_whitelist": FORMATS}, metadata_errors="replace")
     except av.FFmpegError as error:
         reason = "truncated: an MP4 without its index (moov)" if is_mp4 else "not a video (MP4, MOV, MKV, WebM or AVI)"
-        raise RejectedVideo(f"{path.name}: {reason}") from error
+        raise VideoSetAside(f"{path.name}: {reason}") from error
     with container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             kinds = {stream.type for stream in container.streams}
-            raise RejectedVideo(f"{path.name}: {'audio only' if kinds == {'audio'} else 'no readable video track, truncated?'}")
+            raise VideoSetAside(f"{path.name}: {'audio only' if kinds == {'audio'} else 'no readable video track, truncated?'}")
         stream = streams[0]
         if stream.codec_context is None or stream.time_base is None:
-            raise RejectedVideo(f"{path.name}: its video codec is unknown here; convert it to H.264")
+            raise VideoSetAside(f"{path.name}: its video codec is unknown here; convert it to H.264")
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if end > size:
-            raise RejectedVideo(f"{path.name}: truncated: {size} bytes of at least {end}")
+            raise VideoSetAside(f"{path.name}: truncated: {size} bytes of at least {end}")
         stream.thread_type = "AUTO"
         yield container, stream, stream.time_base
 
@@ -101,7 +101,7 @@ def decode(path: Path, start: float | None = None) -> Generator[Frame]:
         start: seconds; frames from a little before this time on (a key frame), where the container can seek. Without it,
             every frame, and the end is checked against the length that the file declares.
 
-    Raises RejectedVideo for a file that is not a video, is truncated, or is damaged on the way.
+    Raises VideoSetAside for a file that is not a video, is truncated, or is damaged on the way.
     """
     before, last = -np.inf, -np.inf
     with open_video(path) as (container, stream, tick):
@@ -115,15 +115,15 @@ def decode(path: Path, start: float | None = None) -> Generator[Frame]:
                 if raw.is_corrupt and start is not None:
                     continue  # frames just after a seek may lean on ones before it
                 if raw.is_corrupt:
-                    raise RejectedVideo(f"{path.name}: damaged after {max(last, 0):.2f} s")
+                    raise VideoSetAside(f"{path.name}: damaged after {max(last, 0):.2f} s")
                 if raw.pts is None:
-                    raise RejectedVideo(f"{path.name}: frames without timestamps; convert it to MP4")
+                    raise VideoSetAside(f"{path.name}: frames without timestamps; convert it to MP4")
                 time = float(raw.pts * tick)
                 if time > last:
                     yield _frame(raw, time, aspect)
                     before, last = last, time
         except av.FFmpegError as error:
-            raise RejectedVideo(f"{path.name}: damaged or truncated after {max(last, 0):.2f} s: {error.strerror}") from error
+            raise VideoSetAside(f"{path.name}: damaged or truncated after {max(last, 0):.2f} s: {error.strerror}") from error
         if start is None and np.isfinite(before):
             _check_whole(path, container, stream, tick, 2 * last - before)
 
@@ -151,7 +151,7 @@ def _check_whole(path: Path, container: av.container.InputContainer, stream: Vid
     else:
         return
     if end < declared - 0.25 - 0.01 * declared:
-        raise RejectedVideo(f"{path.name}: truncated: its frames end at {end:.2f} s of {declared:.2f} s")
+        raise VideoSetAside(f"{path.name}: truncated: its frames end at {end:.2f} s of {declared:.2f} s")
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,17 @@ class Scan:
 
 
 def scan(path: Path) -> Scan:
-    """Times of all frames, and the shots. Raises RejectedVideo as `decode` does, or when frames change size or are none."""
+    """Times of all frames, and the shots. Raises VideoSetAside as `decode` does, or when frames change size or are none."""
     detector, times, sizes = _ShotDetector(), [], set()
     with closing(decode(path)) as frames:
         for frame in tqdm(frames, desc=path.name, unit=" frames", disable=None, leave=False, delay=5):
             sizes.add((frame.height, frame.width))
             if len(sizes) > 1:
-                raise RejectedVideo(f"{path.name}: its frames change size at {frame.time:.2f} s; convert it to one size")
+                raise VideoSetAside(f"{path.name}: its frames change size at {frame.time:.2f} s; convert it to one size")
             times.append(frame.time)
             detector.add(frame.thumbnail(THUMBNAIL))
     if not times:
-        raise RejectedVideo(f"{path.name}: no frame could be decoded")
+        raise VideoSetAside(f"{path.name}: no frame could be decoded")
     edges = [0, *detector.finish(), len(times)]
     (height, width) = sizes.pop()
     return Scan(np.array(times), tuple(pairwise(edges)), height, width)

@@ -28,21 +28,21 @@ def training_shards(context: dg.AssetExecutionContext, pipeline: PipelineResourc
 
     built = pipeline.build()
     result = pack(built, progress=lambda keys: tqdm(keys, desc="pack", unit="video", disable=None))
-    for name, reason in result.quarantined.items():
+    for name, reason in result.set_aside.items():
         context.log.warning("set aside %s: %s", name, reason)
     if result.not_annotated:
         context.log.warning("not annotated yet, left out: %s", ", ".join(result.not_annotated))
     for video, where in built.misspelt_prompts().items():
         context.log.warning("%s names a video that is not in the folder: %s", where, video)
     digest = dataset_digest(built.store.dataset)
-    listing = "\n".join(f"- `{name}`: {reason}" for name, reason in result.quarantined.items()) or "none"
+    listing = "\n".join(f"- `{name}`: {reason}" for name, reason in result.set_aside.items()) or "none"
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest),
         metadata={
             "clips": result.clips,
             "kept as they were": result.kept,
             "bytes written": result.bytes_written,
-            "quarantined": len(result.quarantined),
+            "set aside": len(result.set_aside),
             "reasons": dg.MetadataValue.md(listing),
             "not annotated": len(result.not_annotated),
             "folder": dg.MetadataValue.path(str(built.store.dataset)),

@@ -60,7 +60,7 @@ def for_each_video(context: dg.AssetExecutionContext, resource: PipelineResource
         metadata = describe(done)
         context.add_asset_metadata(metadata, partition_key=key)
         context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
-        aside = "the video is set aside" if done.rejected else f"{metadata['quarantined']} set aside"
+        aside = "the video is set aside" if done.set_aside else f"{metadata['clips set aside']} set aside"
         context.log.info("%s %s: %d clips, %s", step, done.video, metadata["clips"], aside)
     if failed:
         listing = "\n".join(f"  {key}: {reason}" for key, reason in failed.items())
@@ -76,20 +76,20 @@ def newly_set_aside(pipeline: "Pipeline", step: StepName, key: str, done: Done) 
 
 def set_aside(done: Done) -> dict[str, str]:
     """The video, or those of its clips, that give nothing -> why."""
-    if done.rejected:
-        return {done.video: done.rejected}
-    return {status.clip_id: status.quarantined for status in done.clips if status.quarantined}
+    if done.set_aside:
+        return {done.video: done.set_aside}
+    return {status.clip_id: status.set_aside for status in done.clips if status.set_aside}
 
 
 def describe(done: Done) -> dict[str, int | float | str]:
     """Metadata of one finished video: counts, reasons, and the mean of every quality number over its clips."""
-    good = [status for status in done.clips if not status.quarantined]
+    good = [status for status in done.clips if not status.set_aside]
     names = sorted({name for status in good for name in status.quality})
     numbers = {name: fmean(s.quality[name] for s in good if name in s.quality) for name in names}
     return {
         "video": done.video,
         "clips": len(good),
-        "quarantined": len(done.clips) - len(good),
+        "clips set aside": len(done.clips) - len(good),
         "set aside": "; ".join(f"{name}: {reason}" for name, reason in set_aside(done).items()),
         "made by": done.made_by,
         "seconds": done.seconds,

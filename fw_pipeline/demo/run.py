@@ -105,7 +105,7 @@ def summary(settings: Settings) -> dict[str, Any]:
     print("see it all in the Dagster UI: make dev\n")
     return {
         "clips": sum(not row.quarantine for row in rows),
-        "quarantined": sum(bool(row.quarantine) for row in rows),
+        "set_aside": sum(bool(row.quarantine) for row in rows),
         **numbers,
         "report": str(report),
     }

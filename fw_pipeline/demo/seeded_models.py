@@ -1,4 +1,4 @@
-"""Networks with made weights in the published layout (config.json, model.safetensors, preprocessor_config.json).
+"""Networks with seeded weights in the published layout (config.json, model.safetensors, preprocessor_config.json).
 
 They run the real code paths where no published weights are at hand: tests and benchmarks. What they predict means nothing.
 """

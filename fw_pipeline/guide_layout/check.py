@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fw_model.cameras import PoseFileError, read_pose_file
-from fw_pipeline.annotate.types import RejectedVideo
+from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.video import decode
 from fw_pipeline.guide_layout.fit import DepthKind, DepthReading, Probe, Reading, in_camera, read_depth, read_points
 from fw_pipeline.guide_layout.metadata import Entry, Fault, SampleError
@@ -136,7 +136,7 @@ def _video(entry: Entry, frames: int | None, faults: list[Fault]) -> tuple[tuple
         for frame in decode(entry.video):
             times.append(frame.time)
             sizes.add((frame.height, frame.width))
-    except RejectedVideo as error:
+    except VideoSetAside as error:
         faults.append(entry.fault(entry.video, str(error).removeprefix(f"{entry.video.name}: ")))
         return (), 0, 0
     if len(sizes) != 1:

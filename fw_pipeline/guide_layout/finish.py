@@ -12,7 +12,7 @@ from fw_model.cameras import relative_to_first
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.clips import FrameTransform, read_frames, sample_depth
 from fw_pipeline.annotate.depth.disparity import DisparityFit, fit_pixels, steady_fits, usable_pixels
-from fw_pipeline.annotate.types import Clip, RejectedClip
+from fw_pipeline.annotate.types import Clip, ClipSetAside
 from fw_pipeline.guide_layout.check import Sample, open_map
 from fw_pipeline.guide_layout.fit import in_camera
 
@@ -74,7 +74,7 @@ def windows(sample: Sample, size: Size | Callable[[int, int], Size] | None) -> l
 
 
 def finish(sample: Sample, window: Window) -> GuideClip:
-    """Depth, intrinsics and poses of one clip. Raises RejectedClip when they do not describe one world."""
+    """Depth, intrinsics and poses of one clip. Raises ClipSetAside when they do not describe one world."""
     height, width, _ = window.size
     transform = FrameTransform(sample.height, sample.width, height, width)
     depth, fits = _z_depth(sample, window, transform)
@@ -100,7 +100,7 @@ def finish(sample: Sample, window: Window) -> GuideClip:
     quality.check_consistency(clip.depth.astype(np.float32), clip.intrinsics, clip.w2c)
     error = quality.neighbour_error(clip.depth.astype(np.float32), clip.intrinsics, clip.w2c)
     if not error <= quality.NEIGHBOUR_TOLERANCE:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"neighbouring frames disagree by {error:.0%} in depth (at most {quality.NEIGHBOUR_TOLERANCE:.0%}): "
             f"poses and depth do not belong together"
         )
@@ -109,7 +109,7 @@ def finish(sample: Sample, window: Window) -> GuideClip:
 
 
 def read_pictures(sample: Sample, window: Window) -> np.ndarray:
-    """The clip's frames [T, H, W, 3] uint8 RGB. Raises RejectedVideo or ValueError when they cannot be read."""
+    """The clip's frames [T, H, W, 3] uint8 RGB. Raises VideoSetAside or ValueError when they cannot be read."""
     height, width, _ = window.size
     clip = Clip(
         clip_id=window.clip_id,
@@ -135,7 +135,7 @@ def _clip_units(
     if named is None or window.size[2] != sample.frames:
         return moved, poses, scale
     if abs(scale / named - 1) > SCALE_TOLERANCE:
-        raise RejectedClip(f"metadata.json says clip_scale {named:g}, but the mean distance of its points is {scale:g}")
+        raise ClipSetAside(f"metadata.json says clip_scale {named:g}, but the mean distance of its points is {scale:g}")
     poses = w2c.copy()
     poses[:, :, 3] /= named
     return depth / named, poses, named
@@ -164,7 +164,7 @@ def _z_depth(sample: Sample, window: Window, transform: FrameTransform) -> tuple
             "depth_residual": float(np.mean([fit.residual for fit in fits])),
         }
         if numbers["depth_inlier_ratio"] < MIN_INLIERS:
-            raise RejectedClip(
+            raise ClipSetAside(
                 f"disparity fits {numbers['depth_inlier_ratio']:.0%} of the points within 5 % (at least {MIN_INLIERS:.0%})"
             )
     return np.stack(frames), numbers
@@ -184,12 +184,12 @@ def _align(sample: Sample, window: Window) -> list[DisparityFit]:
             z = sample_depth(z, rows, cols)
         try:
             pixels.append(usable_pixels(disparity, z, (disparity > 0) & (z > 0)))
-        except RejectedClip as error:
-            raise RejectedClip(f"frame {t}: {error}") from error
+        except ClipSetAside as error:
+            raise ClipSetAside(f"frame {t}: {error}") from error
     fits = [fit_pixels(frame) for frame in pixels]
     broken = [(t, fit.fallback) for t, fit in enumerate(fits, start=window.first) if fit.fallback]
     if broken:
-        raise RejectedClip(f"disparity of frame {broken[0][0]} cannot be aligned to its points: {broken[0][1]}")
+        raise ClipSetAside(f"disparity of frame {broken[0][0]} cannot be aligned to its points: {broken[0][1]}")
     return [fit for fit in steady_fits(fits, pixels) if fit is not None]
 
 

@@ -17,7 +17,7 @@ from fw_model.data.splits import assign_splits
 from fw_model.errors import MissingDatasetError
 from fw_model.files import file_hash
 from fw_model.model.encoders import Encoders
-from fw_pipeline.annotate.types import RejectedClip, RejectedVideo
+from fw_pipeline.annotate.types import ClipSetAside, VideoSetAside
 from fw_pipeline.guide_layout.check import Sample, check_sample
 from fw_pipeline.guide_layout.finish import Size, Window, finish, read_pictures, windows
 from fw_pipeline.guide_layout.fit import DepthKind
@@ -152,7 +152,7 @@ class _Packer:
                 # The dataset is lost already once a sample is bad: then the others are looked at, but not encoded.
                 doomed = bool(self.result.faults) and not self.plan.skip_bad
                 self._clip(sample, window, split, source, doomed)
-            except (RejectedClip, RejectedVideo, ValueError) as error:
+            except (ClipSetAside, VideoSetAside, ValueError) as error:
                 self.result.faults.append(Fault(window.clip_id, sample.entry.shown(sample.entry.video), str(error)))
                 if self.plan.skip_bad:
                     self.writer.quarantine(window.clip_id, source_of(sample), str(error))

@@ -24,7 +24,7 @@ class PackResult:
     clips: int = 0
     kept: int = 0  # of them, those that were packed before and have not changed: neither read nor written
     bytes_written: int = 0
-    quarantined: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
+    set_aside: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
     not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
 
 
@@ -49,7 +49,7 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
     with ShardWriter(pipeline.store.dataset) as writer:
         for key in progress(ready):
             for name, reason in reasons[key].items():
-                result.quarantined[name] = reason
+                result.set_aside[name] = reason
                 writer.quarantine(name, ready[key], reason)
             if key in usable:
                 _pack_video(pipeline, key, usable[key], splits[ready[key]], writer, result)
@@ -91,9 +91,9 @@ def _pack_video(pipeline: Pipeline, key: str, clips: list[Clip], split: str, wri
 def _reasons(pipeline: Pipeline, key: str) -> dict[str, str]:
     """Clip id, or the video's key for the whole of it -> why it is set aside."""
     depth, latents = pipeline.marker("depth", key), pipeline.marker("latents", key)
-    if rejected := depth.rejected or latents.rejected:
-        return {key: rejected}
-    return {status.clip_id: status.quarantined for status in (*latents.clips, *depth.clips) if status.quarantined}
+    if reason := depth.set_aside or latents.set_aside:
+        return {key: reason}
+    return {status.clip_id: status.set_aside for status in (*latents.clips, *depth.clips) if status.set_aside}
 
 
 def _good_clips(pipeline: Pipeline, key: str, reasons: dict[str, str]) -> list[Clip]:

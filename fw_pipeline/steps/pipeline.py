@@ -4,7 +4,7 @@
          \\-> latents ----------/
 
 A step does one video at a time, skips it when its result is already there and made from the same inputs, and either
-finishes it, sets the video or single clips aside with a reason (`RejectedVideo`, `RejectedClip`), or raises.
+finishes it, sets the video or single clips aside with a reason (`VideoSetAside`, `ClipSetAside`), or raises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fw_model.files import file_hash, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
-from fw_pipeline.annotate.types import Clip, ClipGeometry, DepthEngine, GeometryEngine, RejectedClip, RejectedVideo
+from fw_pipeline.annotate.types import Clip, ClipGeometry, ClipSetAside, DepthEngine, GeometryEngine, VideoSetAside
 from fw_pipeline.steps.prompts import PromptError, Prompts
 from fw_pipeline.steps.results import EncodedClip, EncodedText, PicturesClip, finish_clip
 from fw_pipeline.steps.settings import Settings
@@ -140,8 +140,8 @@ class Pipeline:
         done = Done(video=video, fingerprint="", made_by=f"clips:{CODE_VERSION}")
         try:
             clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key)
-        except RejectedVideo as error:
-            return done.model_copy(update={"rejected": str(error)})
+        except VideoSetAside as error:
+            return done.model_copy(update={"set_aside": str(error)})
         (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
         return done.model_copy(update={"clips": [ClipStatus(clip_id=clip.clip_id) for clip in clips]})
 
@@ -177,7 +177,7 @@ class Pipeline:
     def _latents(self, key: str, folder: Path) -> Done:
         made_by = "pictures" if self.pictures else self.preset.encoders.weights.identity
         if fault := self._prompt_fault(key):
-            return Done(video=self.marker("clips", key).video, fingerprint="", made_by=made_by, rejected=fault)
+            return Done(video=self.marker("clips", key).video, fingerprint="", made_by=made_by, set_aside=fault)
 
         def encode(clip: Clip) -> dict[str, float]:
             frames = clip_io.read_frames(self.video_path(key), clip, clip.height, clip.width)
@@ -209,16 +209,16 @@ class Pipeline:
         return self.store.text(hashlib.sha256(made_from.encode()).hexdigest()[:32])
 
     def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
-        """Run `work` on every clip that the step before let through; a RejectedClip sets that clip aside, no other."""
+        """Run `work` on every clip that the step before let through; a ClipSetAside sets that clip aside, no other."""
         before = self.marker(source, key)
-        done = Done(video=before.video, fingerprint="", made_by=made_by, rejected=before.rejected)
+        done = Done(video=before.video, fingerprint="", made_by=made_by, set_aside=before.set_aside)
         statuses = []
         for clip in self.clips_of(key, before):
             try:
                 statuses.append(ClipStatus(clip_id=clip.clip_id, quality=work(clip)))
-            except RejectedClip as error:
-                statuses.append(ClipStatus(clip_id=clip.clip_id, quarantined=str(error)))
-        statuses += [status for status in before.clips if status.quarantined]
+            except ClipSetAside as error:
+                statuses.append(ClipStatus(clip_id=clip.clip_id, set_aside=str(error)))
+        statuses += [status for status in before.clips if status.set_aside]
         return done.model_copy(update={"clips": statuses})
 
     def misspelt_prompts(self) -> dict[str, str]:
@@ -235,7 +235,7 @@ class Pipeline:
         path = self.store.folder("clips", key) / "clips.json"
         if not path.is_file():
             return []
-        aside = {status.clip_id for status in done.clips if status.quarantined}
+        aside = {status.clip_id for status in done.clips if status.set_aside}
         clips = clip_io.clips_from_json(json.loads(path.read_text(encoding="utf-8")))
         return [clip for clip in clips if clip.clip_id not in aside]
 

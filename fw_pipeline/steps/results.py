@@ -54,7 +54,7 @@ def finish_clip(clip: Clip, geometry: ClipGeometry, result: ClipDepth) -> Finish
     """From the annotation size and units to the bucket's size and clip units.
 
     The annotation size has the bucket's aspect, so this is one scaling; depth is sampled, never averaged across edges.
-    Raises RejectedClip when the packed clip would not be consistent (see quality.check_consistency).
+    Raises ClipSetAside when the packed clip would not be consistent (see quality.check_consistency).
     """
     _, height, width = result.depth.shape
     transform = clip_io.FrameTransform(height, width, clip.height, clip.width)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.truth import compare_with_truth
-from fw_pipeline.annotate.types import Clip, RejectedClip
+from fw_pipeline.annotate.types import Clip, ClipSetAside
 from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.results import FinishedClip
 from fw_pipeline.steps.store import load_arrays
@@ -37,6 +37,6 @@ def consistency_faults(pipeline: Pipeline) -> dict[str, str]:
     for _, clip, finished in finished_clips(pipeline):
         try:
             quality.check_consistency(finished.depth.astype(np.float32), finished.intrinsics, finished.w2c)
-        except RejectedClip as error:
+        except ClipSetAside as error:
             faults[clip.clip_id] = str(error)
     return faults

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from fw_model.config import Stage
 from fw_model.files import whole_folder
@@ -37,7 +37,8 @@ class ClipStatus(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     clip_id: str
-    quarantined: str | None = None  # the reason, if the clip was set aside
+    # The reason, if the clip was set aside; markers of before version 0.2 call it `quarantined`.
+    set_aside: str | None = Field(default=None, validation_alias=AliasChoices("set_aside", "quarantined"))
     quality: dict[str, float] = {}
 
 
@@ -49,7 +50,8 @@ class Done(BaseModel):
     video: str
     fingerprint: str  # hash of everything the result depends on; a different one means the result is stale
     made_by: str  # engine and version
-    rejected: str | None = None  # the reason, if the whole video gives nothing
+    # The reason, if the whole video gives nothing; markers of before version 0.2 call it `rejected`.
+    set_aside: str | None = Field(default=None, validation_alias=AliasChoices("set_aside", "rejected"))
     clips: list[ClipStatus] = []
     seconds: float = 0.0
 

@@ -17,7 +17,7 @@ from fw_pipeline.annotate.pairwise.align import Alignment, PairPrediction, align
 from fw_pipeline.annotate.pairwise.initial import Samples, State, initialise, sample_pixels
 from fw_pipeline.annotate.pairwise.pair_graph import check_pairs
 from fw_pipeline.annotate.pairwise.refine import cost_and_weight, refine, residuals
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.demo.scenes import SHOTS
 from fw_pipeline.demo.true_pairs import Spoil, TrueViews, pair_predictions, true_views
 
@@ -187,7 +187,7 @@ def test_confidence_decides_between_pixels() -> None:
     ]
     unaware = [replace(p, confidence_j=p.confidence_i) for p in bent]
     assert ate_percent(align(bent, 6), truth) < 0.38
-    with pytest.raises(RejectedClip, match="contradict"):
+    with pytest.raises(ClipSetAside, match="contradict"):
         align(unaware, 6)
 
 
@@ -317,7 +317,7 @@ BAD: dict[str, tuple[Edit, str]] = {
 @pytest.mark.parametrize("what", BAD)
 def test_align_rejects_worthless_pointmaps_with_the_reason(what: str) -> None:
     edit, reason = BAD[what]
-    with pytest.raises(RejectedClip, match=reason):
+    with pytest.raises(ClipSetAside, match=reason):
         align([edit(p) for p in spoilt(4)], 4)
 
 
@@ -327,9 +327,9 @@ def test_confidence_of_exactly_one_means_that_none_was_given() -> None:
 
 
 def test_align_rejects_a_single_frame_and_no_pairs() -> None:
-    with pytest.raises(RejectedClip, match="1 frame has no pair"):
+    with pytest.raises(ClipSetAside, match="1 frame has no pair"):
         align([], 1)
-    with pytest.raises(RejectedClip, match="no pair of frames"):
+    with pytest.raises(ClipSetAside, match="no pair of frames"):
         align([], 2)
 
 
@@ -338,13 +338,13 @@ def test_align_rejects_a_single_frame_and_no_pairs() -> None:
 def test_align_rejects_identical_frames(count: int, noise: float) -> None:
     truth = views(8)
     still = TrueViews(truth.depth[[3] * count], truth.w2c[[3] * count], truth.intrinsics)
-    with pytest.raises(RejectedClip, match="does not move"):
+    with pytest.raises(ClipSetAside, match="does not move"):
         align(pair_predictions(still, window(count), Spoil(noise=noise)), count)
 
 
 def test_align_rejects_frames_tied_by_no_pair() -> None:
     truth = views(8)
-    with pytest.raises(RejectedClip, match="frames 3, 4, 5 are tied"):
+    with pytest.raises(ClipSetAside, match="frames 3, 4, 5 are tied"):
         align(pair_predictions(truth, [(0, 1), (1, 2), (3, 4), (4, 5)]), 6)
 
 
@@ -352,7 +352,7 @@ def test_align_rejects_frames_tied_by_no_pair() -> None:
 def test_align_rejects_a_clip_whose_pairs_are_all_wrong(how: str) -> None:
     truth = views(5)
     wrong = [pair_predictions(truth, [pair], Spoil(wrong_pair=how), seed)[0] for seed, pair in enumerate(window(5))]
-    with pytest.raises(RejectedClip):
+    with pytest.raises(ClipSetAside):
         align(wrong, 5)
 
 
@@ -361,7 +361,7 @@ def test_align_rejects_a_link_whose_two_directions_contradict() -> None:
     chain = pair_graph(6, window=1, long_links=False)
     pairs = pair_predictions(truth, chain, Spoil(noise=0.01))
     pairs[2] = pair_predictions(truth, [chain[2]], Spoil(wrong_pair="moved"))[0]
-    with pytest.raises(RejectedClip, match=r"frames 3, 4, 5 are tied .* contradict"):
+    with pytest.raises(ClipSetAside, match=r"frames 3, 4, 5 are tied .* contradict"):
         align(pairs, 6)
 
 

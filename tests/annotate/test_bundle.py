@@ -19,7 +19,7 @@ from fw_pipeline.annotate.bundle.starts import depth_agreement
 from fw_pipeline.annotate.bundle.state import Observations, State
 from fw_pipeline.annotate.motion_kind import MotionKind, motion_kind
 from fw_pipeline.annotate.tracks import Tracks
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from tests.annotate.made_tracks import Made, made_scene, rendered_planes
 
 
@@ -183,7 +183,7 @@ def test_adjusting_never_raises_the_cost_and_solves_side_by_side_as_alone() -> N
 def test_a_motion_without_depth_is_refused_by_its_name(scene: dict[str, float], kind: MotionKind, words: str) -> None:
     found = solve(made_scene(**scene).tracks)  # type: ignore[arg-type]
     assert motion_kind(found.motion) is kind
-    with pytest.raises(RejectedClip, match=words):
+    with pytest.raises(ClipSetAside, match=words):
         require_motion(found)
 
 
@@ -195,21 +195,21 @@ def test_motions_with_depth_have_names() -> None:
 def test_a_zoom_is_found_and_refused() -> None:
     found = solve(made_scene("walk", zoom=0.4).tracks)
     assert found.zooms
-    with pytest.raises(RejectedClip, match="zooms"):
+    with pytest.raises(ClipSetAside, match="zooms"):
         check(found)
 
 
 def test_a_scene_too_far_away_is_refused_rather_than_guessed() -> None:
     found = solve(made_scene("side", focal=3.0, depth=(60, 80), step=0.3, drift=0.3).tracks)
-    with pytest.raises(RejectedClip):
+    with pytest.raises(ClipSetAside):
         check(found)
 
 
 def test_too_few_tracks_are_refused_with_the_numbers() -> None:
-    with pytest.raises(RejectedClip, match="too few tracks: 20"):
+    with pytest.raises(ClipSetAside, match="too few tracks: 20"):
         solve(made_scene(points=20).tracks)
     empty = Tracks(np.zeros((0, 9, 2), np.float32), np.zeros((0, 9), bool), 256, 448)
-    with pytest.raises(RejectedClip, match="too few tracks: 0"):
+    with pytest.raises(ClipSetAside, match="too few tracks: 0"):
         solve(empty)
 
 
@@ -237,7 +237,7 @@ def test_clips_that_agree_give_one_sharper_lens(walk: tuple[Made, Solution]) -> 
 def test_a_clip_that_cannot_tell_takes_the_others_lens(walk: tuple[Made, Solution]) -> None:
     _, found = walk
     flat = with_profile(found, 2.0, 2.0)
-    with pytest.raises(RejectedClip, match="lens not determined"):
+    with pytest.raises(ClipSetAside, match="lens not determined"):
         require_lens(flat)
     lens = joint_lens([with_profile(found, 0.8, 0.02), flat])
     assert lens.focal == pytest.approx(0.8, rel=0.01)
@@ -246,7 +246,7 @@ def test_a_clip_that_cannot_tell_takes_the_others_lens(walk: tuple[Made, Solutio
 
 def test_clips_none_of_which_can_tell_are_refused(walk: tuple[Made, Solution]) -> None:
     _, found = walk
-    with pytest.raises(RejectedClip, match="over all 2 clips"):
+    with pytest.raises(ClipSetAside, match="over all 2 clips"):
         joint_lens([with_profile(found, 1.0, 0.5), with_profile(found, 1.5, 0.5)])
 
 
@@ -255,7 +255,7 @@ def test_a_clip_that_shows_no_depth_is_no_witness(walk: tuple[Made, Solution]) -
     turning = replace(found, motion=replace(found.motion, turning_ratio=1.2))
     lens = joint_lens([with_profile(found, 0.8, 0.02), with_profile(turning, 1.5, 0.01)])
     assert lens.focal == pytest.approx(0.8, rel=0.01)
-    with pytest.raises(RejectedClip, match="in none of"):
+    with pytest.raises(ClipSetAside, match="in none of"):
         joint_lens([with_profile(turning, 1.5, 0.01)])
 
 

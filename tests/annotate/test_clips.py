@@ -21,7 +21,7 @@ from fw_pipeline.annotate.clips import (
     read_frames,
     video_key,
 )
-from fw_pipeline.annotate.types import RejectedVideo
+from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.video import decode, scan
 
 CLIP = ClipConfig(frames=9, fps=12, short_side=32, long_side=64, stride=9)
@@ -189,7 +189,7 @@ def test_other_containers_give_the_same_clip(tmp_path, name, codec) -> None:
 
 
 def refusal(path, root=None, clip=CLIP) -> str:
-    with pytest.raises(RejectedVideo) as caught:
+    with pytest.raises(VideoSetAside) as caught:
         cut_clips(path, root or path.parent, clip, "key")
     return str(caught.value)
 

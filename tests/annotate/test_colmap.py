@@ -6,7 +6,7 @@ import pytest
 from fw_model import metrics
 from fw_pipeline.annotate.colmap.engine import ColmapEngine
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.demo.render import intrinsics_of, render_frame
 from fw_pipeline.demo.scenes import SCENES, Shot
 
@@ -46,12 +46,12 @@ def test_a_known_lens_is_kept_even_with_two_focal_lengths(rendered) -> None:
 
 def test_a_camera_that_does_not_move_is_refused(rendered) -> None:
     still = np.repeat(rendered[0][:1], 8, 0)
-    with pytest.raises(RejectedClip, match="does not move"):
+    with pytest.raises(ClipSetAside, match="does not move"):
         ENGINE.estimate(still)
 
 
 def test_a_picture_without_texture_is_refused(rendered) -> None:
-    with pytest.raises(RejectedClip, match="no texture"):
+    with pytest.raises(ClipSetAside, match="no texture"):
         ENGINE.estimate(np.full_like(rendered[0], 120))
 
 
@@ -68,12 +68,12 @@ def test_frames_that_show_nothing_are_interpolated_and_flagged(rendered) -> None
 def test_too_many_frames_without_a_pose_are_refused_with_the_count(rendered) -> None:
     blinded = rendered[0].copy()
     blinded[[1, 3, 5]] = 120
-    with pytest.raises(RejectedClip, match="of 8 frames could be placed"):
+    with pytest.raises(ClipSetAside, match="of 8 frames could be placed"):
         ENGINE.estimate(blinded)
 
 
 def test_two_frames_are_not_enough(rendered) -> None:
-    with pytest.raises(RejectedClip, match="at least 3"):
+    with pytest.raises(ClipSetAside, match="at least 3"):
         ENGINE.estimate(rendered[0][:2])
 
 

@@ -1,4 +1,4 @@
-"""Depth Anything V2: the real class on made weights, and an oracle network that knows the true disparity up to an affine map."""
+"""Depth Anything V2: the real class on seeded weights, and an oracle that knows the true disparity up to an affine map."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from fw_model import metrics
 from fw_pipeline.annotate.depth import DepthAnythingV2, DepthModelError, depth_anything
 from fw_pipeline.annotate.depth.depth_anything import DepthAnythingNetwork
 from fw_pipeline.annotate.pairwise.align import to_pixel_centres
-from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import Clip, ClipDepth, ClipGeometry, ClipSetAside
 from fw_pipeline.demo.scenes import SHOTS
 from fw_pipeline.demo.seeded_models import make_depth_anything
 from fw_pipeline.demo.true_pairs import TrueViews, true_views
@@ -146,7 +146,7 @@ def test_the_aligned_depth_makes_one_consistent_clip(room: TrueViews) -> None:
     geometry = spoilt(room)
     found = oracle_engine(affine(room.depth, steady=True)).estimate(frames_for(geometry), geometry)
     clip = Clip("a-s0-c0", "a.mp4", "0" * 16, 0, 12.0, tuple(np.arange(8) / 12), 96, 128, 96, 128)
-    finished = finish_clip(clip, geometry, found)  # raises RejectedClip when it is not
+    finished = finish_clip(clip, geometry, found)  # raises ClipSetAside when it is not
     assert (finished.source == NETWORK).all()
     assert (finished.depth > 0).mean() > 0.99
 
@@ -176,14 +176,14 @@ def believe(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("value", [np.nan, 0.0])
 def test_a_network_that_says_nothing_sets_the_clip_aside(room: TrueViews, value: float) -> None:
     geometry = spoilt(room)
-    with pytest.raises(RejectedClip, match=r"not one of 8 frames could be aligned.*at least 32 are needed"):
+    with pytest.raises(ClipSetAside, match=r"not one of 8 frames could be aligned.*at least 32 are needed"):
         oracle_engine(np.full_like(room.depth, value)).estimate(frames_for(geometry), geometry)
 
 
 def test_geometry_without_depth_sets_the_clip_aside(room: TrueViews) -> None:
     geometry = spoilt(room)
     empty = replace(geometry, depth=0 * geometry.depth, confidence=0 * geometry.confidence)
-    with pytest.raises(RejectedClip, match="0 confident pixels"):
+    with pytest.raises(ClipSetAside, match="0 confident pixels"):
         oracle_engine(1 / room.depth).estimate(frames_for(geometry), empty)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fw_pipeline.annotate.depth import DisparityFit, align_disparity
 from fw_pipeline.annotate.depth.disparity import Pixels, fit_pixels, steady_fits
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 Frame = tuple[np.ndarray, np.ndarray, np.ndarray]  # disparity, measured z, true z
 
@@ -98,7 +98,7 @@ def test_a_constant_or_inverted_disparity_falls_back_to_the_median_ratio_and_say
     ],
 )
 def test_what_cannot_be_fitted_is_refused_with_the_numbers(d: np.ndarray, z: np.ndarray, mask: np.ndarray, reason: str) -> None:
-    with pytest.raises(RejectedClip, match=reason):
+    with pytest.raises(ClipSetAside, match=reason):
         align_disparity(d, z, mask)
 
 

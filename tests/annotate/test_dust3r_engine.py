@@ -17,7 +17,7 @@ from fw_pipeline.annotate.dust3r.engine import keyframes_of, unit_confidence
 from fw_pipeline.annotate.pairwise.align import pair_graph, to_pixel_centres
 from fw_pipeline.annotate.pairwise.pair_graph import PairPrediction
 from fw_pipeline.annotate.quality import check_consistency, check_geometry
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 from fw_pipeline.demo.render import camera_at, cast
 from fw_pipeline.demo.scenes import SCENES, SHOTS
 from fw_pipeline.demo.true_pairs import Spoil, TrueViews, TruthNetwork, true_views
@@ -195,15 +195,15 @@ BAD: dict[str, tuple[Edit, str]] = {
 @pytest.mark.parametrize("what", BAD)
 def test_dust3r_engine_rejects_worthless_pointmaps_with_the_reason(what: str) -> None:
     edit, reason = BAD[what]
-    with pytest.raises(RejectedClip, match=reason):
+    with pytest.raises(ClipSetAside, match=reason):
         oracle(edit=edit, count=5).estimate(pictures(5))
 
 
 def test_dust3r_engine_rejects_a_single_frame_and_frames_that_are_the_same() -> None:
-    with pytest.raises(RejectedClip, match="1 frame has no pair"):
+    with pytest.raises(ClipSetAside, match="1 frame has no pair"):
         oracle().estimate(pictures()[:1])
     for same in ([0, 0], [3] * 5):
-        with pytest.raises(RejectedClip, match="does not move"):
+        with pytest.raises(ClipSetAside, match="does not move"):
             oracle().estimate(pictures()[same])
 
 
@@ -229,7 +229,7 @@ def test_a_frame_that_cannot_be_placed_is_interpolated_flagged_and_has_no_depth(
 
 
 def test_a_clip_most_of_whose_frames_cannot_be_placed_is_rejected_with_the_numbers() -> None:
-    with pytest.raises(RejectedClip, match=r"camera of 5 of 17 frames could not be found .*: .*pose"):
+    with pytest.raises(ClipSetAside, match=r"camera of 5 of 17 frames could not be found .*: .*pose"):
         oracle(edit=scrambled({1, 5, 7, 9, 11})).estimate(pictures())
 
 
@@ -238,15 +238,15 @@ def test_a_clip_most_of_whose_frames_cannot_be_placed_is_rejected_with_the_numbe
 
 @pytest.mark.parametrize("head", ["linear", "dpt"])
 def test_the_real_network_with_made_weights_gives_a_clip_or_a_reason(tmp_path: Path, head: str) -> None:
-    DUSt3R.made(TINY | {"head_type": head}, seed=3).save_pretrained(tmp_path)
+    DUSt3R.seeded(TINY | {"head_type": head}, seed=3).save_pretrained(tmp_path)
     engine = Dust3rEngine.from_pretrained(tmp_path, batch=4)
-    with pytest.raises(RejectedClip, match=r"pair|frames|focal|points|camera"):
+    with pytest.raises(ClipSetAside, match=r"pair|frames|focal|points|camera"):
         engine.estimate(pictures(6, 40, 60))
     assert isinstance(engine.network, DUSt3R)
 
 
 def test_bfloat16_reaches_the_network_and_the_version(tmp_path: Path) -> None:
-    DUSt3R.made(TINY, seed=0).save_pretrained(tmp_path)
+    DUSt3R.seeded(TINY, seed=0).save_pretrained(tmp_path)
     engine = Dust3rEngine.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert isinstance(engine.network, DUSt3R)
     assert engine.network.dtype == torch.bfloat16
@@ -258,7 +258,7 @@ def test_bfloat16_reaches_the_network_and_the_version(tmp_path: Path) -> None:
 def test_the_version_changes_with_whatever_changes_results(tmp_path: Path) -> None:
     made = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(made, (0, 1, 0), strict=True):
-        DUSt3R.made(TINY, seed=seed).save_pretrained(folder)
+        DUSt3R.seeded(TINY, seed=seed).save_pretrained(folder)
     load = Dust3rEngine.from_pretrained
     versions = [
         load("naver/x"),

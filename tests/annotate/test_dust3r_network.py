@@ -39,12 +39,12 @@ REPO = "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"
 
 @pytest.fixture(scope="module")
 def linear() -> DUSt3R:
-    return DUSt3R.made(TINY, seed=1)
+    return DUSt3R.seeded(TINY, seed=1)
 
 
 @pytest.fixture(scope="module")
 def dpt() -> DUSt3R:
-    return DUSt3R.made(TINY | {"head_type": "dpt"}, seed=1)
+    return DUSt3R.seeded(TINY | {"head_type": "dpt"}, seed=1)
 
 
 def images(count: int = 1, height: int = 32, width: int = 48, seed: int = 0) -> Tensor:

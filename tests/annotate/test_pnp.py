@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from fw_pipeline.annotate.pairwise.align import align, pair_graph, to_pixel_centres
 from fw_pipeline.annotate.pairwise.pnp import PnPError, points_in_world, solve_pnp
 from fw_pipeline.annotate.trajectory import fill_missing_poses, require_motion
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.demo.scenes import SHOTS
 from fw_pipeline.demo.true_pairs import Spoil, TrueViews, integer_rays, pair_predictions, true_views
 
@@ -178,7 +178,7 @@ def test_pnp_failures_at_the_ends_stand_still() -> None:
 
 @pytest.mark.parametrize(("failed", "count"), [(3, 10), (1, 4), (2, 2)])
 def test_pnp_failing_on_more_than_a_fifth_rejects_the_clip(failed: int, count: int) -> None:
-    with pytest.raises(RejectedClip, match=f"{failed} of {count} frames"):
+    with pytest.raises(ClipSetAside, match=f"{failed} of {count} frames"):
         fill_missing_poses([None] * failed + list(steady_path(count - failed)) if count > failed else [None] * failed)
 
 
@@ -192,7 +192,7 @@ def test_pnp_poses_of_a_still_or_turning_camera_reject_the_clip() -> None:
     turning = path.copy()
     turning[:, :, 3] = 0
     for still in (np.tile(path[:1], (20, 1, 1)), turning):
-        with pytest.raises(RejectedClip, match="does not move"):
+        with pytest.raises(ClipSetAside, match="does not move"):
             require_motion(still, depth)
-    with pytest.raises(RejectedClip, match="no depth"):
+    with pytest.raises(ClipSetAside, match="no depth"):
         require_motion(path, 0 * depth)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from fw_pipeline.annotate.quality import check_consistency, check_depth, check_geometry, neighbour_error, to_clip_units
-from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, ClipSetAside
 
 HEIGHT, WIDTH, FRAMES = 24, 32, 4
 
@@ -53,14 +53,14 @@ def test_exact_geometry_passes_and_its_numbers_say_so() -> None:
     ],
 )
 def test_geometry_that_is_not_good_enough_is_refused_with_its_numbers(change: dict, reason: str) -> None:
-    with pytest.raises(RejectedClip, match=reason):
+    with pytest.raises(ClipSetAside, match=reason):
         check_geometry(replace(wall(), **change))
 
 
 def test_frames_that_contradict_each_other_are_refused() -> None:
     geometry = wall()
     factors = np.array([1.0, 1.5, 1.0, 1.5])[:, None, None]
-    with pytest.raises(RejectedClip, match="neighbouring frames disagree"):
+    with pytest.raises(ClipSetAside, match="neighbouring frames disagree"):
         check_geometry(replace(geometry, depth=geometry.depth * factors))
     assert neighbour_error(geometry.depth * factors, geometry.intrinsics, geometry.w2c) > 0.3
 
@@ -69,7 +69,7 @@ def test_a_clip_not_seen_from_its_first_camera_is_refused() -> None:
     geometry = wall()
     moved = geometry.w2c.copy()
     moved[0, 0, 3] = 0.01
-    with pytest.raises(RejectedClip, match="first camera is not the identity"):
+    with pytest.raises(ClipSetAside, match="first camera is not the identity"):
         check_consistency(geometry.depth, geometry.intrinsics, moved)
 
 
@@ -78,14 +78,14 @@ def test_a_mirrored_or_stretched_rotation_is_refused() -> None:
     for factor in (-1.0, 1.01):
         bent = geometry.w2c.copy()
         bent[2, :, :3] *= factor
-        with pytest.raises(RejectedClip, match="no rotations"):
+        with pytest.raises(ClipSetAside, match="no rotations"):
             check_consistency(geometry.depth, geometry.intrinsics, bent)
 
 
 @pytest.mark.parametrize("depth", [np.zeros((FRAMES, 2, 2)), np.full((FRAMES, 2, 2), -1.0)])
 def test_depth_that_is_empty_or_negative_is_refused(depth: np.ndarray) -> None:
     geometry = wall()
-    with pytest.raises(RejectedClip, match=r"negative|not a single pixel"):
+    with pytest.raises(ClipSetAside, match=r"negative|not a single pixel"):
         check_consistency(depth, geometry.intrinsics, geometry.w2c)
 
 
@@ -140,5 +140,5 @@ def test_the_choice_of_depth_and_its_fits_become_quality_numbers() -> None:
     ],
 )
 def test_depth_that_left_the_one_scale_of_the_cameras_is_refused(factor: np.ndarray | float, reason: str) -> None:
-    with pytest.raises(RejectedClip, match=reason):
+    with pytest.raises(ClipSetAside, match=reason):
         check_depth(final_depth(wall(), factor), wall())

@@ -120,7 +120,7 @@ def test_a_prompt_is_stored_once_whoever_shares_it(tmp_path: Path) -> None:
     [
         ([], TEXT_VERSION, "empty prompt"),
         ([""], TEXT_VERSION, "clip a: no embedding of its prompt 'prompt of a' was added"),
-        (["", "prompt of a"], "other", "clip a: its text encoder is 'made:0/text'.*embedded by 'other'"),
+        (["", "prompt of a"], "other", "clip a: its text encoder is 'seeded:0/text'.*embedded by 'other'"),
     ],
 )
 def test_clips_without_their_embeddings_are_refused(tmp_path: Path, prompts: list[str], version: str, message: str) -> None:

@@ -127,7 +127,7 @@ def test_digest_does_not_depend_on_the_order_or_size_of_shards(tmp_path: Path) -
     [
         {"prompt": "x"},
         {"scale": 2.0},
-        {"versions": {"vae": "made:1", "text": TEXT_VERSION}},
+        {"versions": {"vae": "seeded:1", "text": TEXT_VERSION}},
         {"arrays": make_record("other").arrays},
     ],
 )
@@ -200,7 +200,7 @@ def test_clips_of_one_video_may_not_straddle_the_splits(tmp_path: Path) -> None:
 
 def test_an_empty_pack_is_refused_and_says_why_clips_are_missing(dataset: Path) -> None:
     before = snapshot(dataset)
-    with pytest.raises(DatasetError, match=r"1 quarantined.*\n.*bad: static"), ShardWriter(dataset) as writer:
+    with pytest.raises(DatasetError, match=r"1 set aside.*\n.*bad: static"), ShardWriter(dataset) as writer:
         writer.quarantine("bad", "bad.mp4", "static")
     assert snapshot(dataset) == before
 
@@ -362,4 +362,4 @@ def test_command_line_tells_what_is_in_a_dataset(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert dataset_digest(tmp_path / "d") in printed
     assert "2 clips of 1 videos" in printed
-    assert "quarantined b (b.mp4): static camera" in printed
+    assert "set aside b (b.mp4): static camera" in printed

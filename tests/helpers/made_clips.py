@@ -14,7 +14,7 @@ from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.trajectories import make_trajectory
 
-TEXT_VERSION = "made:0/text"
+TEXT_VERSION = "seeded:0/text"
 
 
 def make_record(
@@ -46,7 +46,7 @@ def make_record(
         prompt=f"prompt of {clip_id}",
         arrays={**arrays, **changes},
         quality={"inlier_ratio": 0.9},
-        versions={"geometry": "test:1", "vae": "made:0", "text": TEXT_VERSION},
+        versions={"geometry": "test:1", "vae": "seeded:0", "text": TEXT_VERSION},
     )
 
 

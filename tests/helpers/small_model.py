@@ -33,7 +33,7 @@ SMALL = ModelConfig(
 
 def small_world() -> FantasyWorld:
     """A freshly initialised FantasyWorld on a made base."""
-    world = FantasyWorld(SMALL, WanBackbone.made(SMALL_WAN, seed=0))
+    world = FantasyWorld(SMALL, WanBackbone.seeded(SMALL_WAN, seed=0))
     world.initialise(seed=0)
     return world
 

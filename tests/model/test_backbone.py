@@ -29,7 +29,7 @@ def original_state(config: WanConfig = SMALL_WAN, seed: int = 0) -> dict[str, Te
 
 @pytest.fixture(scope="module")
 def base() -> WanBackbone:
-    return WanBackbone.made(SMALL_WAN, seed=0)
+    return WanBackbone.seeded(SMALL_WAN, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_short_prompts_are_padded_with_zeros(base: WanBackbone) -> None:
 @pytest.mark.parametrize(("source", "values"), [("image_features", "add_v_proj"), ("text", "to_v")])
 def test_text_and_image_tokens_go_through_their_own_projections(source: str, values: str) -> None:
     """With text_len 5 the split is not where diffusers' fixed 512 would put it."""
-    model = WanBackbone.made(SMALL_WAN, seed=0)
+    model = WanBackbone.seeded(SMALL_WAN, seed=0)
     other = inputs()
     other[source] = -other[source]
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_camera_control_changes_the_velocity_and_can_be_left_out(base: WanBackbo
 
 
 def test_neighbouring_timesteps_stay_distinct_in_bfloat16() -> None:
-    model = WanBackbone.made(SMALL_WAN, seed=0).to(torch.bfloat16)
+    model = WanBackbone.seeded(SMALL_WAN, seed=0).to(torch.bfloat16)
     embedded = [model.embed(**{**inputs(), "timestep": torch.tensor([t])})[1].modulation for t in (996.0, 997.0)]
     assert embedded[0].dtype == torch.float32
     assert not torch.equal(*embedded)
@@ -269,5 +269,5 @@ def test_inputs_that_do_not_go_together_are_refused(base: WanBackbone, name: str
 
 def test_made_weights_do_not_touch_the_global_random_state() -> None:
     before = torch.get_rng_state()
-    WanBackbone.made(SMALL_WAN, seed=3)
+    WanBackbone.seeded(SMALL_WAN, seed=3)
     assert torch.equal(torch.get_rng_state(), before)

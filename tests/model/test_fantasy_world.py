@@ -291,7 +291,7 @@ def test_every_new_weight_is_given_a_starting_value() -> None:
 def test_a_preset_with_a_published_base_loads_it(tiny: Preset, tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
-    made = WanBackbone.made(tiny.model.wan, seed=5)
+    made = WanBackbone.seeded(tiny.model.wan, seed=5)
     keys = made.original_keys()
     save_file({keys[own]: x.bfloat16() for own, x in made.state_dict().items()}, tmp_path / "base.safetensors")
     weights = tiny.base.model_copy(update={"source": "hub", "repo": str(tmp_path)})

@@ -38,7 +38,7 @@ def test_full_size_parts_have_the_stated_numbers_of_parameters() -> None:
 
 @pytest.fixture(scope="module")
 def base() -> WanBackbone:
-    return WanBackbone.made(SMALL_WAN, seed=0)
+    return WanBackbone.seeded(SMALL_WAN, seed=0)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def geodit(base: WanBackbone) -> GeoDiT:
 
 def test_a_fresh_geometry_block_is_the_base_block_without_text(base: WanBackbone, geodit: GeoDiT) -> None:
     """Whatever the timestep: the frame attention's gate is closed in the block and in the shared projection."""
-    wan = WanBackbone.made(SMALL_WAN, seed=0)
+    wan = WanBackbone.seeded(SMALL_WAN, seed=0)
     x = normal(2, TOKENS, 48)
     _, cond = wan.embed(**inputs(batch=2))
     for i, block in enumerate(geodit.blocks):

@@ -35,7 +35,7 @@ SIZE = 128  # long side at which the networks here read
 @pytest.fixture(scope="module")
 def dust3r_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dust3r")
-    DUSt3R.made(TINY | {"img_size": [SIZE, SIZE]}, seed=0).save_pretrained(folder)
+    DUSt3R.seeded(TINY | {"img_size": [SIZE, SIZE]}, seed=0).save_pretrained(folder)
     return folder
 
 
@@ -117,8 +117,8 @@ def test_dust3r_and_depth_anything_annotate_the_truth_through_the_assets_and_one
         assert depth.made_by.startswith("depth-anything-v2:")
         (clip,) = depth.clips
         if video == bad:
-            assert clip.quarantined is not None
-            assert "not finite" in clip.quarantined
+            assert clip.set_aside is not None
+            assert "not finite" in clip.set_aside
             continue
         finished = load_arrays(pipeline.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
         network = finished.source == ClipDepth.SOURCES.index("depth-anything-v2")
@@ -143,7 +143,7 @@ def test_both_networks_with_made_weights_run_end_to_end_and_every_clip_has_a_rea
     for done in geometry_markers(Pipeline(settings_from_env(**config))):
         assert done.made_by.startswith("dust3r:1:local:")
         (clip,) = done.clips
-        assert clip.quarantined
+        assert clip.set_aside
 
 
 def test_weights_that_are_missing_stop_the_step_at_once_and_say_what_to_fetch_or_to_choose(

@@ -12,7 +12,7 @@ from fw_model.config import load_preset
 from fw_pipeline.annotate.bundle.engine import BundleEngine
 from fw_pipeline.annotate.bundle.refuse import check
 from fw_pipeline.annotate.clips import annotation_size, cut_clips, read_frames, video_key
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ENGINE = BundleEngine()
@@ -36,7 +36,7 @@ def test_re10k_with_unknown_lenses_is_right_wherever_it_is_accepted_and_mostly_i
         found = ENGINE.solve(frames)
         try:
             check(found)
-        except RejectedClip:
+        except ClipSetAside:
             continue
         accepted += 1
         rotation, translation = metrics.relative_pose_errors(found.w2c, truth)
@@ -48,5 +48,5 @@ def test_re10k_with_unknown_lenses_is_right_wherever_it_is_accepted_and_mostly_i
 def test_a_standing_camera_before_a_moving_animal_is_refused_for_that_reason() -> None:
     video = DATA / "videos" / "panda-static-camera.mp4"
     for clip in cut_clips(video, video.parent, load_preset("tiny").clip, video_key(video.name)):
-        with pytest.raises(RejectedClip, match="the camera does not move"):
+        with pytest.raises(ClipSetAside, match="the camera does not move"):
             check(ENGINE.solve(read_frames(video, clip, *annotation_size(clip, 448))))

@@ -7,7 +7,7 @@ import pytest
 
 from fw_model.config import ClipConfig, load_preset
 from fw_pipeline.annotate.clips import cut_clips, find_videos, read_frames, video_key
-from fw_pipeline.annotate.types import RejectedVideo
+from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.video import decode, scan
 
 VIDEOS = Path(__file__).parents[2].parent / "shared" / "data" / "videos"
@@ -29,7 +29,7 @@ def test_variable_frame_rate_video_is_cut_by_its_timestamps() -> None:
 
 
 def test_a_slide_show_is_too_slow_for_a_clip() -> None:
-    with pytest.raises(RejectedVideo, match=r"eight-frames-house\.mp4: .*8 frames at 1 fps.*17 frames at 12 fps"):
+    with pytest.raises(VideoSetAside, match=r"eight-frames-house\.mp4: .*8 frames at 1 fps.*17 frames at 12 fps"):
         cut_clips(VIDEOS / "eight-frames-house.mp4", VIDEOS, TINY, "key")
 
 
@@ -46,7 +46,7 @@ def test_a_long_walk_is_one_shot_and_read_back_frame_by_frame() -> None:
 
 
 def test_a_rate_below_the_presets_is_refused_rather_than_filled_up() -> None:
-    with pytest.raises(RejectedVideo, match=r"too few frames a second: 195 frames at 15 fps .*81 frames at 16 fps"):
+    with pytest.raises(VideoSetAside, match=r"too few frames a second: 195 frames at 15 fps .*81 frames at 16 fps"):
         cut_clips(VIDEOS / "tokyo-walk.mp4", VIDEOS, ClipConfig(), "key")
 
 

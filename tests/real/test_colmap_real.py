@@ -11,7 +11,7 @@ from fw_model.config import load_preset
 from fw_pipeline.annotate.clips import annotation_size, cut_clips, read_frames, video_key
 from fw_pipeline.annotate.colmap.engine import ColmapEngine
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 # The clips' own size and a bare sweep take a third of the time; with the defaults the paths are off by 0.12 to 0.45 %.
@@ -44,5 +44,5 @@ def test_re10k_with_known_lenses_places_every_frame_within_two_percent_of_the_pa
 def test_a_standing_camera_before_a_moving_animal_is_refused_for_that_reason() -> None:
     video = DATA / "videos" / "panda-static-camera.mp4"
     for clip in cut_clips(video, video.parent, load_preset("tiny").clip, video_key(video.name)):
-        with pytest.raises(RejectedClip, match="the camera does not move"):
+        with pytest.raises(ClipSetAside, match="the camera does not move"):
             ENGINE.estimate(read_frames(video, clip, *annotation_size(clip, 448)))

@@ -1,4 +1,4 @@
-"""DUSt3R gives the original implementation's numbers on made weights, and has exactly the published tensors."""
+"""DUSt3R gives the original implementation's numbers on seeded weights, and has exactly the published tensors."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def test_swapping_the_images_is_not_swapping_the_answers() -> None:
     """Both pointmaps are in camera 1: the two heads and decoders are not the same function."""
     with np.load(REFERENCE / "dust3r_linear_64x96.npz", allow_pickle=False) as file:
         image1, image2 = (torch.from_numpy(file[name]) for name in ("img1", "img2"))
-    model = DUSt3R.made(SMALL | {"head_type": "linear"}, seed=0)
+    model = DUSt3R.seeded(SMALL | {"head_type": "linear"}, seed=0)
     assert not torch.allclose(model(image1, image2)[0].points, model(image2, image1)[1].points, atol=1e-2)

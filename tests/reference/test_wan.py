@@ -1,4 +1,4 @@
-"""The base gives the original implementation's numbers on made weights, and has exactly the published tensors."""
+"""The base gives the original implementation's numbers on seeded weights, and has exactly the published tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_keys_and_shapes_are_the_published_ones(file: str, config: WanConfig) ->
 def test_hidden_states_and_velocity_match_the_original() -> None:
     with np.load(REFERENCE / "wan_camera_tiny.npz", allow_pickle=False) as file:
         stored = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-    model = WanBackbone.made(TINY, int(stored["seed"]))
+    model = WanBackbone.seeded(TINY, int(stored["seed"]))
     arguments = {name: stored[name].float() for name in ("latents", "image_latents", "timestep", "text", "camera")}
     arguments["image_features"] = stored["clip"].float()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from fw_model.data.verify import verify
 from fw_model.errors import MissingInput
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.truth import ground_truth_for_clip, load_ground_truth
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 from fw_pipeline.steps import packing as packing_module
 from fw_pipeline.steps import pipeline as steps_module
 from fw_pipeline.steps.packing import pack
@@ -41,7 +41,7 @@ class Oracle:
             for clip in self.pipeline.clips_of(key, done) if done else []:
                 if np.array_equal(self.pipeline._frames(key, clip), frames):
                     if self.refuse and self.refuse in video:
-                        raise RejectedClip("the camera does not move")
+                        raise ClipSetAside("the camera does not move")
                     return truth_as_geometry(self.pipeline.settings.videos / video, clip, frames.shape[1:3])
         raise AssertionError("frames of no known clip")
 
@@ -119,7 +119,7 @@ def test_a_rejected_clip_is_named_in_the_manifest_and_the_rest_is_packed(pipelin
     run_all(pipeline)
     result = pack(pipeline)
     assert result.clips == 1
-    assert list(result.quarantined.values()) == ["the camera does not move"]
+    assert list(result.set_aside.values()) == ["the camera does not move"]
     rows = {row.video: row for row in read_manifest(pipeline.store.dataset)}
     assert rows[first].quarantine == "the camera does not move"
     assert not (pipeline.store.folder("depth", next(iter(pipeline.videos))) / f"{rows[first].clip_id}.npz").exists()
@@ -238,7 +238,7 @@ def test_a_malformed_prompt_sets_its_video_aside_and_the_others_go_on(pipeline: 
     run_all(pipeline)
     result = pack(pipeline)
     assert result.clips == 1
-    assert result.quarantined == {key: f"{sidecar.name}, key 'caption': expected a text, got int"}
+    assert result.set_aside == {key: f"{sidecar.name}, key 'caption': expected a text, got int"}
     assert not pipeline.is_stale("latents", key)
     sidecar.write_text('{"caption": "a room"}', encoding="utf-8")
     assert pipeline.is_stale("latents", key)

@@ -125,7 +125,7 @@ def test_other_model_or_base_is_refused_with_both_sides(tmp_path: Path, preset: 
     with pytest.raises(CheckpointError, match=r"model\.geometry\.pose_rank: checkpoint 16, this run 8"):
         checkpoints.load_checkpoint(path, TwoPartModel(), "stage1", wider)
     other_base = load_preset("tiny", ["base.seed=5"])
-    with pytest.raises(CheckpointError, match=r"'made:0'.*'made:5'"):
+    with pytest.raises(CheckpointError, match=r"'seeded:0'.*'seeded:5'"):
         checkpoints.load_checkpoint(path, TwoPartModel(), "stage1", other_base)
 
 

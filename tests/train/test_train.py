@@ -232,7 +232,7 @@ def test_dataset_of_other_encoders_is_refused_before_building_a_model(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_run.FantasyWorld, "from_preset", no_model)
-    with pytest.raises(DatasetError, match="'made:0 vae .*', but this run needs 'made:3 vae "):
+    with pytest.raises(DatasetError, match="'seeded:0 vae .*', but this run needs 'seeded:3 vae "):
         train.train(small_preset("encoders.weights.seed=3"), "stage1", dataset, tmp_path)
     with pytest.raises(TrainingError, match=r"image features \(17, 32\), the base .* takes 32 and \(9, 32\)"):
         train.train(small_preset("model.wan.image_tokens=9"), "stage1", dataset, tmp_path)

@@ -16,7 +16,7 @@ from fw_pipeline.annotate.bundle.solve import solve
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings, depth_range, sweep_depth
 from fw_pipeline.annotate.tracks import Tracks, TrackSettings, follow
 from fw_pipeline.annotate.trajectory import fill_poses
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 
 CODE_VERSION = 1
 FEW_POINTS = 50  # a frame that shows fewer takes the whole clip's depth range
@@ -40,7 +40,7 @@ class BundleEngine:
     def estimate(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> ClipGeometry:
         """Cameras and depth of one clip alone; see `GeometryEngine.estimate`.
 
-        Raises RejectedClip when motion, tracks, depth order or lens leave the geometry open; see `refuse.check`.
+        Raises ClipSetAside when motion, tracks, depth order or lens leave the geometry open; see `refuse.check`.
         """
         return self.finish(frames, self.solve(frames, intrinsics))
 
@@ -54,7 +54,7 @@ class BundleEngine:
             intrinsics: [3, 3] pixels when the lens is known.
             ignore: [T, h, w] bool, moving things whose tracks are left out.
 
-        Raises RejectedClip when there are too few tracks.
+        Raises ClipSetAside when there are too few tracks.
         """
         tracks = frames if isinstance(frames, Tracks) else follow(frames, self.tracks)
         return solve(tracks if ignore is None else tracks.without(ignore), intrinsics)
@@ -63,7 +63,7 @@ class BundleEngine:
         """Clips of one video, each solved alone without a known lens -> the same with the lens they share.
 
         A clip that contradicts the others (a zoom between clips) keeps its own, and so does a video's only clip. Raises
-        RejectedClip when all clips together do not determine the lens.
+        ClipSetAside when all clips together do not determine the lens.
         """
         lens = joint_lens(solutions)
         if len(solutions) == 1:
@@ -77,7 +77,7 @@ class BundleEngine:
     def finish(self, frames: np.ndarray, solution: Solution) -> ClipGeometry:
         """Dense depth for a solved clip: frames [T, h, w, 3] as they were followed. The unit is the tracks' median depth.
 
-        Frames that could not be placed are interpolated and flagged. Raises RejectedClip as `refuse.check` does.
+        Frames that could not be placed are interpolated and flagged. Raises ClipSetAside as `refuse.check` does.
         """
         check(solution)
         w2c, points = first_camera_world(solution)
@@ -86,7 +86,7 @@ class BundleEngine:
         z = np.concatenate([points[seen[t]] @ w2c[t, 2, :3] + w2c[t, 2, 3] for t in np.flatnonzero(solution.placed)])
         unit = float(np.median(z))
         if not unit > 0:
-            raise RejectedClip("the scene lies behind the camera: the tracks do not fit one rigid scene")
+            raise ClipSetAside("the scene lies behind the camera: the tracks do not fit one rigid scene")
         w2c[:, :, 3] /= unit
         points = points / unit
         near, far = depth_ranges(points, w2c, seen)
@@ -116,7 +116,7 @@ def depth_ranges(points: np.ndarray, w2c: np.ndarray, seen: list[np.ndarray]) ->
         chosen = around if len(around) >= FEW_POINTS else everything
         z = points[chosen] @ w2c[t, 2, :3] + w2c[t, 2, 3]
         if (z > 0).sum() < 8:
-            raise RejectedClip(f"{(z > 0).sum()} points in front of the camera in frame {t}; a depth range needs at least 8")
+            raise ClipSetAside(f"{(z > 0).sum()} points in front of the camera in frame {t}; a depth range needs at least 8")
         low, high = depth_range(points[chosen], w2c[t])
         near[t], far[t] = low, max(2 * low, min(high, FAR * float(np.median(z[z > 0]))))
     return near, far

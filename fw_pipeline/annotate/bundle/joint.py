@@ -15,7 +15,7 @@ from fw_pipeline.annotate.bundle.refuse import MAX_FOCAL_STD
 from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.lens import Lens
 from fw_pipeline.annotate.motion_kind import NO_DEPTH, motion_kind
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 # What the covariance does not know of: drift of patches that all clips share, lens distortion, rolling shutters. Measured on
 # clips with a known lens: off by 0 to 5 %, where the covariance says 0.3 to 2 %.
@@ -56,13 +56,13 @@ def joint_lens(solutions: Sequence[Solution]) -> JointLens:
     Clips whose motion shows no depth are no witnesses, though they may be among them: what they say of the lens hangs on the
     noise. The clips that agree give the lens; clips that contradict them are marked, and keep their own.
 
-    Raises ValueError without clips or for a clip with a given lens; RejectedClip when no clip determines the lens.
+    Raises ValueError without clips or for a clip with a given lens; ClipSetAside when no clip determines the lens.
     """
     if not solutions or any(s.lens.profile is None for s in solutions):
         raise ValueError("a joint lens needs clips solved without a known lens")
     witness = np.array([motion_kind(s.motion) not in NO_DEPTH for s in solutions])
     if not witness.any():
-        raise RejectedClip(f"lens not determined: in none of the video's {len(solutions)} clips the camera's motion shows depth")
+        raise ClipSetAside(f"lens not determined: in none of the video's {len(solutions)} clips the camera's motion shows depth")
     curves = np.stack([_evidence(s) for s in solutions])
     each = np.array([s.focal for s in solutions])
     std = np.hypot([s.focal_std for s in solutions], FLOOR)
@@ -76,7 +76,7 @@ def joint_lens(solutions: Sequence[Solution]) -> JointLens:
     found = JointLens(float(np.exp(GRID[best])), width, agree, each, std)
     if not found.determined:
         low, high = np.exp(inside[[0, -1]])
-        raise RejectedClip(
+        raise ClipSetAside(
             f"lens not determined: over all {len(solutions)} clips of the video focal lengths from {low:.2f} to {high:.2f} of "
             f"the long side fit alike (standard deviation {found.std:.0%}, at most {MAX_FOCAL_STD:.0%}); calibrate it"
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.motion_kind import MotionKind, motion_kind
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 MIN_PLACED = 0.8  # share of frames
 MIN_INLIERS = 60  # tracks
@@ -23,7 +23,7 @@ MIN_MIRROR_Z = 2.0  # the picture's blocks must agree on which is better, not on
 
 
 def check(solution: Solution) -> None:
-    """Raise RejectedClip unless the solution's cameras, lens and depth order are determined by its tracks."""
+    """Raise ClipSetAside unless the solution's cameras, lens and depth order are determined by its tracks."""
     require_motion(solution)
     require_one_lens(solution)
     require_placed(solution)
@@ -33,51 +33,51 @@ def check(solution: Solution) -> None:
 
 
 def require_motion(solution: Solution) -> None:
-    """Raise RejectedClip under the motion's name where it shows no depth."""
+    """Raise ClipSetAside under the motion's name where it shows no depth."""
     kind = motion_kind(solution.motion)
     numbers = solution.motion
     if kind is MotionKind.STILL:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the camera does not move: points stay where they are in {numbers.still:.0%} of the picture, and turning alone "
             f"leaves {numbers.turning_ratio:.2f} times the error that depth leaves (below 2 is noise)"
         )
     if kind in (MotionKind.TURNING, MotionKind.ZOOMING):
         zoom = f" and zooms ({numbers.zoom_turning:+.0%})" if kind is MotionKind.ZOOMING else ""
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the camera only turns{zoom}: that leaves {numbers.turning_ratio:.2f} times the error that depth leaves (below 2 is "
             "what noise does); such a clip shows no depth"
         )
 
 
 def require_one_lens(solution: Solution) -> None:
-    """Raise RejectedClip when the focal length changes within the clip: cameras here have one lens a clip."""
+    """Raise ClipSetAside when the focal length changes within the clip: cameras here have one lens a clip."""
     if solution.zooms:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the lens zooms: its focal length changes by {np.expm1(solution.lens.zoom):+.0%} over the clip (standard deviation "
             f"{solution.lens.zoom_std:.0%}); a clip has one lens"
         )
 
 
 def require_placed(solution: Solution) -> None:
-    """Raise RejectedClip when too few frames or tracks fit."""
+    """Raise ClipSetAside when too few frames or tracks fit."""
     frames, tracks = float(solution.placed.mean()), int(solution.inlier.sum())
     if frames < MIN_PLACED:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"only {solution.placed.sum()} of {len(solution.placed)} frames could be placed (at least {MIN_PLACED:.0%} needed): "
             "tracks break off, by blur, fast motion or something passing close by"
         )
     share = tracks / max(1, len(solution.tracks))
     if tracks < MIN_INLIERS or share < MIN_INLIER_SHARE:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"{tracks} of {len(solution.tracks)} tracks fit one rigid scene (at least {MIN_INLIERS} and {MIN_INLIER_SHARE:.0%}): "
             "little texture, or moving things fill the picture"
         )
 
 
 def require_order(solution: Solution) -> None:
-    """Raise RejectedClip when a scene with another depth order fits nearly as well."""
+    """Raise ClipSetAside when a scene with another depth order fits nearly as well."""
     if solution.rival.ratio < MIN_MIRROR_RATIO or solution.rival.z < MIN_MIRROR_Z:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"ambiguous: a scene with another depth order fits nearly as well (error {solution.rival.ratio:.2f} times as large, "
             f"at least {MIN_MIRROR_RATIO:g}; parts of the picture agree on it by {solution.rival.z:.1f} deviations, at least "
             f"{MIN_MIRROR_Z:g}): too far a scene, too short a path, or a plane"
@@ -85,19 +85,19 @@ def require_order(solution: Solution) -> None:
 
 
 def require_lens(solution: Solution) -> None:
-    """Raise RejectedClip when the clip's lens is neither given nor determined by its tracks."""
+    """Raise ClipSetAside when the clip's lens is neither given nor determined by its tracks."""
     if not solution.known_lens and not solution.focal_std <= MAX_FOCAL_STD:
         low, high = solution.focal_interval
-        raise RejectedClip(
+        raise ClipSetAside(
             f"lens not determined: focal lengths from {low:.2f} to {high:.2f} of the long side fit alike (standard deviation "
             f"{solution.focal_std:.0%}, at most {MAX_FOCAL_STD:.0%}); put a calibration beside the video (NAME.camera.json)"
         )
 
 
 def require_path(solution: Solution) -> None:
-    """Raise RejectedClip when the tracks' own scatter leaves the path too uncertain to be called known."""
+    """Raise ClipSetAside when the tracks' own scatter leaves the path too uncertain to be called known."""
     if solution.path_error > MAX_PATH_ERROR or solution.pose_auc < MIN_POSE_AUC:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"path not determined: parts of the picture disagree by {100 * solution.path_error:.1f} % of it (at most "
             f"{100 * MAX_PATH_ERROR:g} %) and on its directions (AUC at 5 degrees {solution.pose_auc:.2f}, at least "
             f"{MIN_POSE_AUC:g}): too little parallax ({solution.motion.angle:.2f} degrees) or too few good tracks"

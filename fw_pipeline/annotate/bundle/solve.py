@@ -22,7 +22,7 @@ from fw_pipeline.annotate.bundle.starts import FOCAL_RANGE, FOCALS, choose_core,
 from fw_pipeline.annotate.bundle.state import Observations, State, stack
 from fw_pipeline.annotate.motion_kind import motion_numbers
 from fw_pipeline.annotate.tracks import Tracks
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 MIN_TRACKS = 60  # fewer decide nothing: six unknowns a frame stand against them
 SEARCH_FRAMES, SEARCH_POINTS, PROFILE_POINTS = 21, 640, 260  # how much of a clip the searches see; the last adjustment sees all
@@ -39,16 +39,16 @@ def solve(tracks: Tracks, intrinsics: np.ndarray | None = None) -> Solution:
     intrinsics: [3, 3] pixels, kept as they are; None: square pixels, principal point in the middle, focal length found.
     Nothing is refused here but what cannot be computed: `refuse.check` judges.
 
-    Raises RejectedClip when there are too few frames or tracks to solve anything.
+    Raises ClipSetAside when there are too few frames or tracks to solve anything.
     """
     if tracks.frames < 3:
-        raise RejectedClip(f"{tracks.frames} frames; structure from motion needs at least 3")
+        raise ClipSetAside(f"{tracks.frames} frames; structure from motion needs at least 3")
     frames = np.unique(np.rint(np.linspace(0, tracks.frames - 1, min(tracks.frames, SEARCH_FRAMES))).astype(int))
     points = _some_points(tracks, frames)
     some = tracks.subset(points).at(frames)
     core = choose_core(some)
     if len(core.points) < MIN_TRACKS // 2 or len(some) < MIN_TRACKS:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"too few tracks: {len(tracks)} points could be followed, {len(core.points)} of them around the middle of the clip "
             f"(at least {MIN_TRACKS} and {MIN_TRACKS // 2}): no texture, blur, or a motion too fast to follow"
         )

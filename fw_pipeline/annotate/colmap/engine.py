@@ -16,7 +16,7 @@ from PIL import Image
 
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings, depth_range, sweep_depth
 from fw_pipeline.annotate.trajectory import fill_poses
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 
 CODE_VERSION = 1
 Matches = dict[tuple[int, int], np.ndarray]  # frames (i, j), i < j -> [M, 2] keypoint indices that fit one two-view geometry
@@ -61,19 +61,19 @@ class ColmapEngine:
         The unit is the median depth of the sparse points. Frames that do not register are interpolated and flagged.
 
         Raises:
-            RejectedClip: nothing to match, a camera that does not move or only turns, too few frames registered.
+            ClipSetAside: nothing to match, a camera that does not move or only turns, too few frames registered.
         """
         count, height, width, _ = frames.shape
         if count < 3:
-            raise RejectedClip(f"{count} frames; structure from motion needs at least 3")
+            raise ClipSetAside(f"{count} frames; structure from motion needs at least 3")
         with tempfile.TemporaryDirectory(prefix="fw-colmap-") as folder:
             model = self._structure_from_motion(frames, intrinsics, Path(folder))
         if len(model.poses) < self.min_registered * count:
-            raise RejectedClip(
+            raise ClipSetAside(
                 f"only {len(model.poses)} of {count} frames could be placed (at least {self.min_registered:.0%} are needed)"
             )
         if model.triangulation_angle < self.min_angle:
-            raise RejectedClip(
+            raise ClipSetAside(
                 f"the camera turns but hardly moves: points are seen under {model.triangulation_angle:.2f} degrees "
                 f"(at least {self.min_angle:g})"
             )
@@ -170,11 +170,11 @@ class ColmapEngine:
         return found, keypoints
 
     def _check_motion(self, matches: Matches, keypoints: list[np.ndarray], long_side: float) -> None:
-        """Raise RejectedClip when there is nothing to match or most of the picture stays where it is."""
+        """Raise ClipSetAside when there is nothing to match or most of the picture stays where it is."""
         good = {pair: m for pair, m in matches.items() if len(m) >= 30}
         if len(good) < len(keypoints) // 2:
             features = int(np.median([len(k) for k in keypoints]))
-            raise RejectedClip(f"hardly any matches between frames ({features} features in a typical one): no texture, or blur")
+            raise ClipSetAside(f"hardly any matches between frames ({features} features in a typical one): no texture, or blur")
         apart = max(1, len(keypoints) // 2)
         far = {pair: m for pair, m in good.items() if pair[1] - pair[0] >= apart} or good
         shares = []
@@ -183,7 +183,7 @@ class ColmapEngine:
             shares.append(float((moved < self.still * long_side).mean()))
         share = float(np.median(shares))
         if share > self.max_still:
-            raise RejectedClip(f"the camera does not move: {share:.0%} of the matched features stay where they are")
+            raise ClipSetAside(f"the camera does not move: {share:.0%} of the matched features stay where they are")
 
     def _map(
         self, database: Path, images: Path, folder: Path, size: tuple[int, int], across: np.ndarray, known: np.ndarray | None
@@ -211,7 +211,7 @@ class ColmapEngine:
             if best is not None and best.num_reg_images() >= self.min_registered * len(list(images.iterdir())):
                 break
         if best is None:
-            raise RejectedClip("structure from motion found no pair of frames to start from: too little motion or overlap")
+            raise ClipSetAside("structure from motion found no pair of frames to start from: too little motion or overlap")
         return best
 
     @staticmethod

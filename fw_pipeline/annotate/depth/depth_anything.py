@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fw_model.files import file_hash
 from fw_pipeline.annotate.depth.disparity import DisparityFit, Pixels, fit_pixels, steady_fits, usable_pixels
-from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, EngineError, RejectedClip
+from fw_pipeline.annotate.types import ClipDepth, ClipGeometry, ClipSetAside, EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class DepthAnythingV2:
         depth, as far as it is sure of it, how well the two agree.
 
         Raises:
-            RejectedClip: not a single frame could be aligned; the message says why.
+            ClipSetAside: not a single frame could be aligned; the message says why.
             DepthModelError: as `network`, or a batch too large for the device.
             ValueError: frames and geometry differ in size.
         """
@@ -258,12 +258,12 @@ class DepthAnythingV2:
                 # The network's last layer cuts off at 0: a 0 only says "at least as far as this".
                 own = usable_pixels(d, z, (confidence >= enough) & (d != 0))
                 fit = fit_pixels(own, affine=not self.network.metric)
-            except RejectedClip as error:
+            except ClipSetAside as error:
                 reason = reason or str(error)
             pixels.append(own)
             fits.append(fit)
         if all(fit is None for fit in fits):
-            raise RejectedClip(f"{self.name}: not one of {len(fits)} frames could be aligned; the first: {reason}")
+            raise ClipSetAside(f"{self.name}: not one of {len(fits)} frames could be aligned; the first: {reason}")
         return steady_fits(fits, pixels, affine=not self.network.metric)
 
 

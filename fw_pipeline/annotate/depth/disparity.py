@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 DRAWS = 300  # of RANSAC: with 45 % outliers, 90 of them hit two inliers
 TOLERANCE = 0.05  # relative error of 1/z within which a pixel is an inlier
@@ -71,7 +71,7 @@ def align_disparity(disparity: Any, z: Any, mask: Any) -> DisparityFit:
         mask: bool of the same shape, the pixels to believe.
 
     Raises:
-        RejectedClip: fewer than 32 usable pixels, or no positive scale fits at all; the message has the numbers.
+        ClipSetAside: fewer than 32 usable pixels, or no positive scale fits at all; the message has the numbers.
         ValueError: the shapes differ.
     """
     return fit_pixels(usable_pixels(disparity, z, mask))
@@ -88,7 +88,7 @@ def usable_pixels(disparity: Any, z: Any, mask: Any) -> Pixels:
     measured = index[np.isfinite(depth[index]) & (depth[index] > 0)]
     usable = measured[np.isfinite(d[measured])]
     if len(usable) < MIN_PIXELS:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"depth cannot be aligned: {len(index)} confident pixels, {len(measured)} of them with a depth, "
             f"{len(usable)} with a finite disparity (at least {MIN_PIXELS} are needed)"
         )
@@ -166,7 +166,7 @@ def _refit(x: np.ndarray, y: np.ndarray, slope: float, offset: float, affine: bo
 def _median_ratio(pixels: Pixels, why: str) -> DisparityFit:
     positive = pixels.d > 0
     if not positive.any():
-        raise RejectedClip(f"depth cannot be aligned: {why}, and no disparity is positive")
+        raise ClipSetAside(f"depth cannot be aligned: {why}, and no disparity is positive")
     return pixels.judge(float(np.median(pixels.target[positive] / pixels.d[positive])), 0.0, why)
 
 

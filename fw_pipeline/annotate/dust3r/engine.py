@@ -38,7 +38,7 @@ from fw_pipeline.annotate.pairwise.pnp import (
     solve_pnp,
 )
 from fw_pipeline.annotate.trajectory import fill_missing_poses
-from fw_pipeline.annotate.types import ClipGeometry, RejectedClip
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 
 CODE_VERSION = 1  # raise when results change for the same frames and weights
 LEAST_STEPS = 8  # between keyframes: a clip has at least 9 keyframes, or all its frames
@@ -122,14 +122,14 @@ class Dust3rEngine:
         its depth is unknown. Depth is unknown, too, where the network's crop left nothing: a few pixels at two of the borders.
 
         Raises:
-            RejectedClip: a single frame, or any reason of `align`, `fill_missing_poses`.
+            ClipSetAside: a single frame, or any reason of `align`, `fill_missing_poses`.
             DUSt3RWeightsError: no weights.
             ValueError: known intrinsics that are not of square pixels or not centred, which DUSt3R presumes; frames that are
                 no RGB images or far too narrow.
         """
         count = len(frames)
         if count < 2:
-            raise RejectedClip(f"a clip of {count} frame has no pair to measure a camera move from")
+            raise ClipSetAside(f"a clip of {count} frame has no pair to measure a camera move from")
         prepared = prepare(frames, max(self.network.config.img_size))
         focal = None if intrinsics is None else known_focal(intrinsics, prepared.transform)
         keyframes = keyframes_of(count, self.keyframe_every)
@@ -198,7 +198,7 @@ class _Collected:
         self.add(pair.j, fit, depth, unit_confidence(pair.confidence_j))
 
     def finish(self) -> ClipGeometry:
-        """Raises RejectedClip when too many frames have no camera; the commonest reason is named."""
+        """Raises ClipSetAside when too many frames have no camera; the commonest reason is named."""
         why = self.reasons.most_common(1)[0][0] if self.reasons else ""
         w2c, interpolated = fill_missing_poses(self.poses, why)
         intrinsics = self.transform.intrinsics_to_source(to_pixel_centres(self.aligned.intrinsics[0]))

@@ -81,7 +81,7 @@ class DUSt3R(nn.Module):
         return cls(DUSt3RConfig.from_dict(config), dtype)
 
     @classmethod
-    def made(cls, config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> DUSt3R:
+    def seeded(cls, config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> DUSt3R:
         """Weights filled from a seed and the published keys: reproducible anywhere, nothing downloaded."""
         with torch.device("meta"):
             model = cls.from_config(config, dtype)

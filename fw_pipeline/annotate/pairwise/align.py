@@ -16,7 +16,7 @@ from fw_pipeline.annotate.pairwise.initial import FOCAL_RANGE, State, initialise
 from fw_pipeline.annotate.pairwise.pair_graph import PairMaps, PairPrediction, check_pairs, pair_graph
 from fw_pipeline.annotate.pairwise.refine import KERNEL, TINY, Noise, pair_errors, refine, residuals
 from fw_pipeline.annotate.trajectory import require_motion
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.annotate.vectors import cross, length, median_of_finite
 
 __all__ = ["Alignment", "PairPrediction", "align", "pair_graph", "to_pixel_centres"]
@@ -59,7 +59,7 @@ def align(pairs: Sequence[PairPrediction], num_images: int, focal: float | None 
         focal: in pixels where the lens is known; None: estimated.
 
     Raises:
-        RejectedClip: with the reason, when no truthful geometry can be had: pointmaps not finite or constant, low confidence
+        ClipSetAside: with the reason, when no truthful geometry can be had: pointmaps not finite or constant, low confidence
             everywhere, frames tied by no (trustworthy) pair, a focal that runs away, pairs that contradict each other, a
             camera that does not move, fewer than two frames.
         ValueError: malformed input (shapes, indices).
@@ -70,11 +70,11 @@ def align(pairs: Sequence[PairPrediction], num_images: int, focal: float | None 
     focal = float(np.exp(state.log_focal))
     height, width = maps.size
     if not FOCAL_RANGE[0] <= focal / max(maps.size) <= FOCAL_RANGE[1]:
-        raise RejectedClip(f"the focal ran away: {focal:.4g} px for images of {width}x{height}")
+        raise ClipSetAside(f"the focal ran away: {focal:.4g} px for images of {width}x{height}")
     error = pair_errors(residuals(state, samples), samples)
     typical = float(np.median(error[noise.believed]))
     if not typical <= MAX_RESIDUAL:
-        raise RejectedClip(
+        raise ClipSetAside(
             f"the pairs of frames contradict each other: points are off by {100 * typical:.0f} % of their distance"
         )
     _unit_scale(state, noise)

@@ -14,7 +14,7 @@ from scipy.sparse import csgraph
 
 from fw_pipeline.annotate.pairwise.pair_graph import PairMaps, require_connected, sure_level
 from fw_pipeline.annotate.pairwise.pnp import pixel_threshold, pnp_ransac
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.annotate.vectors import length, median_of_finite
 
 MAX_WEIGHT = 3.0  # of a pixel, in units of the clip's median confidence
@@ -84,7 +84,7 @@ def weiszfeld_focal(samples: Samples, size: tuple[int, int], iterations: int = 2
     iteration), then the pairs' median.
 
     The weight, pixel radius over slope, bounds the pull of any point by its pixel's radius; without it a few wrong points that
-    lie close to the camera plane decide. Raises RejectedClip when the focal leaves FOCAL_RANGE: no camera's pointmaps do that.
+    lie close to the camera plane decide. Raises ClipSetAside when the focal leaves FOCAL_RANGE: no camera's pointmaps do that.
     """
     points, grid = samples.points[samples.own], samples.grid[samples.image[samples.own]]
     slope = points[..., :2] / points[..., 2:]
@@ -98,7 +98,7 @@ def weiszfeld_focal(samples: Samples, size: tuple[int, int], iterations: int = 2
         focal = (pull * (slope * grid).sum(-1)).sum(1) / np.maximum((pull * square).sum(1), 1e-12)
     found, side = float(np.median(focal)), max(size)
     if not FOCAL_RANGE[0] * side <= found <= FOCAL_RANGE[1] * side:
-        raise RejectedClip(f"the focal ran away: {found:.4g} px for images of {size[1]}x{size[0]}")
+        raise ClipSetAside(f"the focal ran away: {found:.4g} px for images of {size[1]}x{size[0]}")
     return found
 
 
@@ -208,7 +208,7 @@ def _log_ratio(views: np.ndarray, poses: RelativePoses, a: np.ndarray, b: np.nda
 
 
 def initialise(maps: PairMaps, samples: Samples, known_focal: float | None = None) -> State:
-    """Chain the pairs of the best spanning tree. Raises RejectedClip when there is none, or no focal."""
+    """Chain the pairs of the best spanning tree. Raises ClipSetAside when there is none, or no focal."""
     focal = weiszfeld_focal(samples, maps.size) if known_focal is None else known_focal
     poses = relative_poses(samples, focal, maps.size)
     usable = poses.inlier_ratio > 0

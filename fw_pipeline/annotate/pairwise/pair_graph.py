@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 
 SPREAD = 1e-3  # a pointmap whose points stay within this fraction of their distance is one point, not a scene
 UNSURE = 0.3  # of the 80th percentile of a map's confidence
@@ -97,12 +97,12 @@ def check_pairs(pairs: Sequence[PairPrediction], num_images: int) -> PairMaps:
 
     Raises:
         ValueError: indices out of range, or arrays of unequal shapes (a caller's mistake, not the video's).
-        RejectedClip: no usable pair, a frame without one, or low confidence everywhere.
+        ClipSetAside: no usable pair, a frame without one, or low confidence everywhere.
     """
     if num_images < 2:
-        raise RejectedClip(f"a clip of {num_images} frame has no pair to measure a camera move from")
+        raise ClipSetAside(f"a clip of {num_images} frame has no pair to measure a camera move from")
     if not pairs:
-        raise RejectedClip("no pair of frames was given")
+        raise ClipSetAside("no pair of frames was given")
     height, width = np.shape(pairs[0].points_i)[:2]
     kept: list[int] = []
     points, confidence = [], []
@@ -118,7 +118,7 @@ def check_pairs(pairs: Sequence[PairPrediction], num_images: int) -> PairMaps:
         confidence.append((_usable(*sides[0], front=True), _usable(*sides[1], front=False)))
     said = ", ".join(f"{count} {fault}" for fault, count in faults.items())
     if not kept:
-        raise RejectedClip(f"no usable pair of frames among {len(pairs)}: {said}")
+        raise ClipSetAside(f"no usable pair of frames among {len(pairs)}: {said}")
     views = np.array([(pairs[index].i, pairs[index].j) for index in kept])
     require_connected(views, num_images, said)
     _require_confidence(confidence)
@@ -126,13 +126,13 @@ def check_pairs(pairs: Sequence[PairPrediction], num_images: int) -> PairMaps:
 
 
 def require_connected(views: np.ndarray, num_images: int, why: str = "") -> None:
-    """Raise RejectedClip naming frames that the pairs `views` [E, 2] do not tie to frame 0."""
+    """Raise ClipSetAside naming frames that the pairs `views` [E, 2] do not tie to frame 0."""
     links = sparse.coo_matrix((np.ones(len(views)), (views[:, 0], views[:, 1])), shape=(num_images, num_images))
     labels = csgraph.connected_components(links, directed=False)[1]
     lost = np.flatnonzero(labels != labels[0])
     if len(lost):
         names = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
-        raise RejectedClip(f"frames {names} are tied to the others by no usable pair" + (f" ({why})" if why else ""))
+        raise ClipSetAside(f"frames {names} are tied to the others by no usable pair" + (f" ({why})" if why else ""))
 
 
 def _check_shapes(pair: PairPrediction, num_images: int, size: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -179,4 +179,4 @@ def _require_confidence(confidence: list[tuple[np.ndarray, np.ndarray]]) -> None
     flat = np.concatenate([side[::4, ::4].ravel() for pair in confidence for side in pair])
     best = float(np.quantile(flat, 0.9))
     if best < LOW_CONFIDENCE and not (flat[flat > 0] == 1).all():
-        raise RejectedClip(f"confidence is low everywhere: 9 of 10 pixels are below {best:.3g} (the network's floor is 1)")
+        raise ClipSetAside(f"confidence is low everywhere: 9 of 10 pixels are below {best:.3g} (the network's floor is 1)")

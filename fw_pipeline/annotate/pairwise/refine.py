@@ -21,7 +21,7 @@ from scipy.sparse.linalg import splu
 
 from fw_pipeline.annotate.pairwise.initial import Samples, State, image_rays, relative_motion, update_scales
 from fw_pipeline.annotate.pairwise.pair_graph import require_connected
-from fw_pipeline.annotate.types import RejectedClip
+from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.annotate.vectors import cross, length, median_of_finite, rotation_from_vector, skew
 
 KERNEL = 9.0  # squared residual, in noise units, at which a pixel's weight has fallen to a quarter
@@ -106,7 +106,7 @@ def cost_and_weight(found: Residuals, samples: Samples, noise: Noise) -> tuple[f
 def refine(state: State, samples: Samples, iterations: int = 30, settle: int = 8, tolerance: float = 1e-5) -> tuple[State, Noise]:
     """Minimise from `state`. The noise is re-estimated in the first `settle` iterations, then held, until steps are tiny.
 
-    Raises RejectedClip when the pairs that can be believed no longer tie all frames together.
+    Raises ClipSetAside when the pairs that can be believed no longer tie all frames together.
     """
     views = np.stack([samples.source[1::2], samples.image[1::2]], axis=1)
     found = residuals(state, samples)
@@ -138,7 +138,7 @@ def _require_agreement(views: np.ndarray, believed: np.ndarray, num_images: int)
     """The clip must hang together by most of its pairs, and without those whose reverse (j, i) says otherwise: where nothing
     else ties two frames, which of the two is right cannot be known."""
     if believed.mean() < MIN_BELIEVED:
-        raise RejectedClip(f"{(~believed).sum()} of {len(believed)} pairs of frames contradict the rest of the clip")
+        raise ClipSetAside(f"{(~believed).sum()} of {len(believed)} pairs of frames contradict the rest of the clip")
     doubted = {(int(j), int(i)) for i, j in views[~believed]}
     certain = np.array([good and (int(i), int(j)) not in doubted for (i, j), good in zip(views, believed, strict=True)])
     require_connected(views[certain], num_images, "the other pairs contradict the rest of the clip")
