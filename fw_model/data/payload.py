@@ -37,6 +37,10 @@ class Payload:
     def xxh64(self) -> str:
         return payload_hash(self.arrays, self.buffers)
 
+    def array_xxh64(self) -> str:
+        """The hashes of the arrays one by one, in the order of names: 16 hex digits each."""
+        return "".join(payload_hash({name: self.arrays[name]}, self.buffers) for name in sorted(self.arrays))
+
 
 def payload_hash(arrays: Mapping[str, tuple[str, tuple[int, ...]]], buffers: Mapping[str, memoryview]) -> str:
     """xxh64 over name, dtype, shape and bytes of every array, in the order of names."""
