@@ -31,6 +31,20 @@ class ColmapSettings(Config):
         return ColmapEngine(device=device)
 
 
+class TracksSettings(Config):
+    """Points followed through the clip, a bundle adjustment from many starts, then plane-sweep stereo; needs no weights.
+
+    Refuses what it cannot know: a lens the pictures leave open, a camera that only turns, depth that fits reversed as well."""
+
+    prefix: ClassVar[str] = "tracks"
+    engine: Literal["tracks"] = "tracks"
+
+    def build(self, device: str, dtype: Dtype) -> GeometryEngine:
+        from fw_pipeline.annotate.bundle.engine import BundleEngine
+
+        return BundleEngine(device=device)
+
+
 class Dust3rSettings(Config):
     """Pointmaps of pairs of frames by DUSt3R, global alignment of keyframes, PnP for every other frame."""
 
@@ -94,7 +108,7 @@ class DepthAnythingSettings(Config):
 
 
 # The engines there are. `prefix` begins the names under which an engine's fields are set from outside: `dust3r_model`.
-GeometrySettings = Annotated[ColmapSettings | Dust3rSettings, Field(discriminator="engine")]
+GeometrySettings = Annotated[ColmapSettings | TracksSettings | Dust3rSettings, Field(discriminator="engine")]
 DepthSettings = Annotated[GeometryDepthSettings | DepthAnythingSettings, Field(discriminator="engine")]
 
 

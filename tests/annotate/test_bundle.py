@@ -20,7 +20,7 @@ from fw_pipeline.annotate.bundle.state import Observations, State
 from fw_pipeline.annotate.motion_kind import MotionKind, motion_kind
 from fw_pipeline.annotate.tracks import Tracks
 from fw_pipeline.annotate.types import ClipSetAside
-from tests.annotate.made_tracks import Made, made_scene, rendered_planes
+from tests.helpers.made_tracks import Made, made_scene, rendered_planes
 
 
 @pytest.fixture(scope="module")

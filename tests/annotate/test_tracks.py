@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fw_pipeline.annotate.tracks import Tracks, TrackSettings, follow
-from tests.annotate.made_tracks import texture
+from tests.helpers.made_tracks import texture
 
 
 def moved(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_every_engine_there_is_can_be_chosen_and_is_in_the_docs(role: str, engin
 
 
 def test_an_unknown_engine_is_an_error_that_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="geometry: .*'colmpa'.*'colmap', 'dust3r'"):
+    with pytest.raises(ConfigError, match="geometry: .*'colmpa'.*'colmap', 'tracks', 'dust3r'"):
         settings_from_env(geometry="colmpa")
     monkeypatch.setenv("FW_DEPTH", "none")
     with pytest.raises(ConfigError, match="depth: .*'none'.*'geometry', 'depth-anything-v2'"):
