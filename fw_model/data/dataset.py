@@ -114,7 +114,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip; raises DatasetError naming shard and clip when its bytes are damaged, missing or of another pack."""
         row, text = self.rows[index], self._texts[int(self._text_of[index])]
-        arrays = self._shards.read(row, row.arrays.keys() - {"confidence"})
+        arrays = self._shards.read(row, for_training=True)
         sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         sample["text"] = pad_text(torch.from_numpy(self._shards.read(text)["text"]), self.text_len)
         return {"clip_id": row.clip_id, **sample}

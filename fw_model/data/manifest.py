@@ -52,7 +52,7 @@ class ClipRow:
     versions: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     quarantine: str = ""
-    array_xxh64: str = ""  # of each array by itself, 16 digits each in the order of names; "" in datasets of before
+    training_xxh64: str = ""  # of the arrays that training reads; "" for prompts, and in datasets of before
     source: str = ""  # digest of what the clip was made from; while it stays the same, a pack keeps the clip; "": unknown
 
     @property
@@ -60,12 +60,6 @@ class ClipRow:
         """(H, W, T) of the bucket."""
         height, width, frames = map(int, self.bucket.split("x"))
         return height, width, frames
-
-    @property
-    def hash_of(self) -> dict[str, str]:
-        """xxh64 of each array by itself; empty in datasets of before it was kept."""
-        hashes = self.array_xxh64
-        return {name: hashes[16 * i : 16 * i + 16] for i, name in enumerate(sorted(self.arrays))} if hashes else {}
 
 
 _MANIFEST_SCHEMA = pa.schema(
@@ -83,12 +77,12 @@ _MANIFEST_SCHEMA = pa.schema(
         ("quality", pa.string()),  # json
         ("quarantine", pa.string()),
         ("source", pa.string()),
-        ("array_xxh64", pa.string()),  # not in datasets of before
+        ("training_xxh64", pa.string()),  # not in datasets of before
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
 _NAMES = _MANIFEST_SCHEMA.names
-_OPTIONAL = "array_xxh64"
+_OPTIONAL = "training_xxh64"
 _JSON_COLUMNS = ("arrays", "versions", "quality")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fw_model.data.manifest import ClipRow, Manifest, dataset_folder, open_parquet, read_manifest
-from fw_model.data.payload import payload_hash, payload_schema, stored_dtype
+from fw_model.data.payload import payload_hash, payload_schema, read_in_training, stored_dtype
 from fw_model.data.remote import RemoteFolder, is_remote
 from fw_model.errors import DatasetError
 
@@ -54,24 +53,26 @@ class ShardReader:
         reader._files, reader._lock, reader._remote = {}, threading.Lock(), None
         return reader
 
-    def read(self, row: ClipRow, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    def read(self, row: ClipRow, for_training: bool = False) -> dict[str, np.ndarray]:
         """Arrays of a row of the manifest or of the texts, named and shaped as it says: views of the mapped shard,
         uncopied. The mapping is this caller's own: what is written to the arrays changes no file and no other read.
 
-        names: which arrays, all by default. The others are neither read nor checked (in datasets without a hash of every
-        array they are).
+        for_training: without `schema.UNREAD`, of which nothing is read or checked (in datasets without a hash of the others
+        it is checked).
 
         Raises DatasetError naming shard and clip when the shard is missing, damaged, or its bytes have another hash.
         """
         where = f"{os.path.join(self.path, row.shard)}: clip {row.clip_id} (row group {row.row_group})"
         opened = self._file(row.shard)
         starts = _find(opened, row, where)
-        wanted = sorted(row.arrays if names is None else names)
-        mapped = wanted if row.hash_of or not self.verify_hash else sorted(row.arrays)
-        buffers = _map(opened.file, {name: (starts[name], _byte_count(*row.arrays[name])) for name in mapped})
-        if self.verify_hash and not _has_its_hash(row, buffers):
+        wanted = read_in_training(row.arrays) if for_training else row.arrays
+        checked, xxh64 = (wanted, row.training_xxh64) if for_training and row.training_xxh64 else (row.arrays, row.xxh64)
+        if not self.verify_hash:
+            checked = wanted
+        buffers = _map(opened.file, {name: (starts[name], _byte_count(*array)) for name, array in checked.items()})
+        if self.verify_hash and payload_hash(checked, buffers) != xxh64:
             raise DatasetError(f"{where}: the bytes do not have the hash in the manifest; pack the dataset again")
-        return {name: _as_array(buffers[name], *row.arrays[name]) for name in wanted}
+        return {name: _as_array(buffers[name], *array) for name, array in wanted.items()}
 
     def _file(self, shard: str) -> _Open:
         """The open shard. One that was deleted or replaced since it was opened is not read on: it is fetched again from a URL
@@ -164,13 +165,6 @@ def _map(file: BinaryIO, places: dict[str, tuple[int, int]]) -> dict[str, memory
     mapped = mmap.mmap(file.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
     mapped.madvise(mmap.MADV_WILLNEED)
     return {name: memoryview(mapped)[start - first :][:size] for name, (start, size) in places.items()}
-
-
-def _has_its_hash(row: ClipRow, buffers: dict[str, memoryview]) -> bool:
-    if len(buffers) == len(row.arrays):
-        return payload_hash(row.arrays, buffers) == row.xxh64
-    hashes = row.hash_of
-    return all(payload_hash({name: row.arrays[name]}, buffers) == hashes[name] for name in buffers)
 
 
 def _as_array(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -160,7 +160,7 @@ class ShardWriter:
             arrays=payload.arrays,
             bytes=payload.bytes,
             xxh64=payload.xxh64(),
-            array_xxh64=payload.array_xxh64(),
+            training_xxh64=payload.training_xxh64(),
             versions=dict(record.versions),
             quality={key: float(value) for key, value in record.quality.items()},
             source=source,

@@ -69,8 +69,8 @@ def _clip_faults(reader: ShardReader, row: ClipRow, folder: Path) -> Iterator[st
     except ValueError as error:
         yield str(error)
         return
-    if row.array_xxh64 and row.array_xxh64 != Payload(arrays).array_xxh64():
-        yield f"{folder / MANIFEST}: clip {row.clip_id}: the hashes of its arrays are not those of their bytes"
+    if row.training_xxh64 not in ("", Payload(arrays).training_xxh64()):
+        yield f"{folder / MANIFEST}: clip {row.clip_id}: the hash of what training reads is not that of its bytes"
     if bucket_of(record) != row.bucket:
         yield f"{folder / MANIFEST}: clip {row.clip_id} is listed as {row.bucket}, its arrays are {bucket_of(record)}"
 
