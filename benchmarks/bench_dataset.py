@@ -278,8 +278,8 @@ def memory(loader: Iterable[Any]) -> dict[str, float]:
     seen = []
     for _ in loader:
         seen.append(_held())
-    early = max(seen[20 : MEMORY_CLIPS // 4])
-    late = max(seen[-MEMORY_CLIPS // 4 :])
+    early = max(seen[20 : MEMORY_CLIPS // 2])  # long enough to have seen as many batches ahead at once as there ever are
+    late = max(seen[MEMORY_CLIPS // 2 :])
     return {"memory_megabytes": late / 1e6, "memory_growth": late / early - 1}
 
 

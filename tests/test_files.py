@@ -151,8 +151,8 @@ def test_permissions_follow_the_umask_whoever_wrote(tmp_path: Path) -> None:
         write_json(tmp_path / "x.json", 1)
     finally:
         os.umask(before)
-    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
-    assert found == {"w.safetensors": 0o640, "state": 0o750, "x.json": 0o640}
+    found = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert found == {"w.safetensors": 0o640, "state": 0o750, "state/w.safetensors": 0o640, "x.json": 0o640}
 
 
 def test_a_temporary_is_no_result_by_its_name(tmp_path: Path) -> None:
