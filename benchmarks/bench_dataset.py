@@ -1,10 +1,11 @@
 """The dataset against the guide layout (81 float32 npy a clip for depth and for points) and a webdataset tar of the same arrays.
 
-The same clips of 81 x 336 x 592, written by the project's own writer, its guide-layout export and into a tar, are read by a
-`DataLoader` with the same number of workers, one clip at a time. All files lie in the page cache when timing starts (each
-is read once before), so it is parsing and copying that is compared, not the disk. The dataset's and the guide layout's
-clips are drawn at random; a tar is read from its start to its end. Every batch that arrives is copied once, into memory that
-is used again and again, as on the way to a GPU it would be into pinned memory: what a loader leaves to be paged in counts.
+The same clips of 81 x 336 x 592, written by the project's own writer, its guide-layout export and into a tar, are read one clip
+at a time by as many workers: the dataset by the threads that training uses, the others by a `DataLoader` with its processes.
+All files lie in the page cache when timing starts (each is read once before), so it is parsing and copying that is compared,
+not the disk. The dataset's and the guide layout's clips are drawn at random; a tar is read from its start to its end. Every
+batch that arrives is copied once, into memory that is used again and again, as on the way to a GPU it would be into pinned
+memory: what a loader leaves to be paged in counts.
 
 The other two deliver depth and points. The dataset delivers depth, latents, cameras and text; points are derived from depth
 on the device that trains, and how long that takes here is measured and printed beside the loader's speed: on a GPU it is
@@ -40,11 +41,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fw_model.cameras import unproject
-from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import MANIFEST, write_table
 from fw_model.data.sampler import ResumableBucketSampler
-from fw_model.data.schema import ClipRecord
+from fw_model.data.schema import Batch, ClipRecord
 from fw_model.data.shard_writer import ShardWriter
+from fw_model.train.loading import Batches
 from fw_model.trajectories import make_trajectory
 from fw_pipeline.guide_layout.exporter import export_guide
 
@@ -88,10 +90,10 @@ def run(folder: Path, clips: int, draws: int, workers: int) -> dict[str, Any]:
     order = [int(i) for i in rng.permutation(np.resize(np.arange(clips), draws))]
     found: dict[str, Any] = {"clips": clips, "draws": draws, "workers": workers, "size": f"{H}x{W}x{T}"}
 
-    def ours(count: int) -> DataLoader[Any]:
+    def ours(count: int) -> Iterator[Batch]:
         sampler = ResumableBucketSampler(opened.buckets, global_batch=1, batch_per_rank=1)
-        batches = list(islice(iter(sampler), count))
-        return DataLoader(opened, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        with Batches(opened, sampler, workers, patience=600) as batches:
+            yield from islice(batches, count)
 
     guide_files = GuideFiles(guide, names)
     rates: dict[str, list[float]] = {"dataset": [], "guide": [], "webdataset": []}
@@ -106,7 +108,7 @@ def run(folder: Path, clips: int, draws: int, workers: int) -> dict[str, Any]:
                 rates[name].append(rate)
     for name, measured in rates.items():
         found[f"{name}_clips_per_second"] = float(np.median(measured))
-    found |= points_on_device(next(iter(ours(1))))
+    found |= points_on_device(next(ours(1)))
     if found["device"] != "cpu":  # loading and deriving go on at the same time; the slower one counts
         found["dataset_clips_per_second"] = min(found["dataset_clips_per_second"], 1 / found["points_seconds"])
     found["speed_up"] = found["dataset_clips_per_second"] / found["guide_clips_per_second"]
@@ -271,13 +273,13 @@ def points_on_device(batch: Any) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def memory(loader: DataLoader[Any]) -> dict[str, float]:
+def memory(loader: Iterable[Any]) -> dict[str, float]:
     """Memory of the loader and its workers (anonymous and shared, without the page cache) over MEMORY_CLIPS clips."""
     seen = []
     for _ in loader:
         seen.append(_held())
-    early = max(seen[20 : MEMORY_CLIPS // 4])
-    late = max(seen[-MEMORY_CLIPS // 4 :])
+    early = max(seen[20 : MEMORY_CLIPS // 2])  # long enough to have seen as many batches ahead at once as there ever are
+    late = max(seen[MEMORY_CLIPS // 2 :])
     return {"memory_megabytes": late / 1e6, "memory_growth": late / early - 1}
 
 
@@ -327,7 +329,8 @@ def first_batch(path: Path) -> dict[str, float]:
     start = time.perf_counter()
     dataset = ClipDataset(path, "train", TEXT_LEN)
     sampler = ResumableBucketSampler(dataset.buckets, global_batch=8, batch_per_rank=8)
-    batch = next(iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)))
+    with Batches(dataset, sampler, workers=0, patience=600) as batches:
+        batch = next(batches)
     seconds = time.perf_counter() - start
     if len(batch) != 8 or len(dataset) != MANIFEST_ROWS:
         raise RuntimeError(f"{len(dataset)} clips, a batch of {len(batch)}")

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch._utils import ExceptionWrapper
 from torch.nn import functional as F
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset
 
 from fw_model.data.manifest import SPLITS, ClipRow, parse_arrays, read_manifest, read_text_rows
 from fw_model.data.remote import is_remote
 from fw_model.data.schema import Batch
 from fw_model.data.shard_reader import ShardReader
-from fw_model.data.stored_array import StoredArray
 from fw_model.errors import DatasetError
 
 _TENSORS = tuple(field.name for field in fields(Batch) if field.name != "clip_ids")
 
 
-class ClipDataset(Dataset["Sample"]):
-    """The clips of one split, ordered by clip id, each a `Sample`. The annotator's confidence stays in the shard: no loss
-    reads it. Points are derived from depth and cameras on the device (`losses.make_targets`).
+class ClipDataset(Dataset[dict[str, Any]]):
+    """The clips of one split, ordered by clip id: of each its `clip_id` and the tensors of a `Batch` without their first
+    dimension, in the dtypes in which they are stored, mapped from its shard and the caller's own, to change as one likes. The
+    annotator's confidence stays in the shard: no loss reads it. Points are derived from depth and cameras on the device
+    (`losses.make_targets`).
 
     Of the manifest it holds columns and index arrays, no object per clip, so a million clips take some hundred MB. It is
-    sent to other processes as the name of the dataset; shards are opened on first use in each. Text is zero-padded to
-    `text_len`.
+    sent to other processes as the name of the dataset; shards are opened on first use in each, and any number of threads may
+    read. Text is zero-padded to `text_len`.
     """
 
     def __init__(
@@ -111,12 +111,13 @@ class ClipDataset(Dataset["Sample"]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip; raises DatasetError naming shard and clip when its bytes are damaged, missing or of another pack."""
         row, text = self.rows[index], self._texts[int(self._text_of[index])]
-        arrays = self._shards.find(row)
-        del arrays["confidence"]
-        return Sample(row.clip_id, {**arrays, **self._shards.find(text)}, self.text_len)
+        arrays = self._shards.read(row, for_training=True)
+        sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        sample["text"] = pad_text(torch.from_numpy(self._shards.read(text)["text"]), self.text_len)
+        return {"clip_id": row.clip_id, **sample}
 
     @property
     def _shards(self) -> ShardReader:
@@ -149,39 +150,6 @@ class ClipDataset(Dataset["Sample"]):
         self._index()
 
 
-class Sample(Mapping[str, Any]):
-    """A clip: `clip_id`, and the tensors of a `Batch` without its first dimension, in the dtypes in which they are stored.
-
-    A tensor is mapped from its shard when it is first asked for; from then on it is this sample's own, to change as one
-    likes. What was not asked for is sent to another process as the place where it lies.
-    """
-
-    def __init__(self, clip_id: str, stored: dict[str, StoredArray], text_len: int) -> None:
-        self._clip_id = clip_id
-        self._stored = stored
-        self._text_len = text_len
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name == "clip_id":
-            return self._clip_id
-        if name not in self._tensors:
-            tensor = torch.from_numpy(self._stored[name].map())
-            self._tensors[name] = pad_text(tensor, self._text_len) if name == "text" else tensor
-        return self._tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, which is not mapped for it."""
-        shape = self._stored[name].shape
-        return (self._text_len, *shape[1:]) if name == "text" else shape
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("clip_id", *self._stored))
-
-    def __len__(self) -> int:
-        return 1 + len(self._stored)
-
-
 def pad_text(embedding: torch.Tensor, text_len: int) -> torch.Tensor:
     """[L, D] -> [text_len, D] with zeros after the real tokens."""
     return F.pad(embedding, (0, 0, 0, text_len - len(embedding)))
@@ -190,48 +158,22 @@ def pad_text(embedding: torch.Tensor, text_len: int) -> torch.Tensor:
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """Stack clips of one bucket; raises ValueError naming the clips whose shapes differ.
 
-    In a data worker the clips of a `ClipDataset` are not touched: what it gives back becomes the batch in the process that
-    receives it, where the clips are mapped, and copied only if there are several to stack.
+    A single clip is not copied: its batch is what the clip is, the mapped bytes.
     """
     if not samples:
         raise ValueError("collate: no clips")
     first = samples[0]
     for sample in samples[1:]:
         for name in _TENSORS:
-            if (shape := _shape(sample, name)) != _shape(first, name):
+            if sample[name].shape != first[name].shape:
                 raise ValueError(
                     f"collate: clips {first['clip_id']} and {sample['clip_id']} differ in {name}: "
-                    f"{list(_shape(first, name))} and {list(shape)}"
+                    f"{list(first[name].shape)} and {list(sample[name].shape)}"
                 )
-    if get_worker_info() is not None and all(isinstance(sample, Sample) for sample in samples):
-        return cast(Batch, _Travelling(samples))
-    return _stack(samples)
-
-
-def _shape(sample: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    return sample.shape(name) if isinstance(sample, Sample) else tuple(sample[name].shape)
-
-
-class _Travelling:
-    """Samples on their way out of a data worker: pickled as these, unpickled as their batch."""
-
-    def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        self.samples = samples
-
-    def __reduce__(self) -> Any:
-        return _arrived, (self.samples,)
-
-
-def _arrived(samples: Sequence[Mapping[str, Any]]) -> Batch | ExceptionWrapper:
-    """Their batch, or what a loader raises in its place: an error within its own threads would only end them."""
-    try:
-        return _stack(samples)
-    except (DatasetError, ValueError):
-        return ExceptionWrapper(where="mapping clips that a data worker had checked")
-
-
-def _stack(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    columns = {name: [sample[name] for sample in samples] for name in _TENSORS}
-    # Several: torch's own collate, which in a data worker stacks straight into the memory that it shares with the loader.
-    stacked = {name: default_collate(column) if len(column) > 1 else column[0][None] for name, column in columns.items()}
+    stacked = {name: _stack([sample[name] for sample in samples]) for name in _TENSORS}
     return Batch(clip_ids=[sample["clip_id"] for sample in samples], **stacked)
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """With numpy, which copies without Python's lock and in the thread that asks; torch would start more for each worker."""
+    return torch.from_numpy(np.stack([tensor.numpy() for tensor in tensors])) if len(tensors) > 1 else tensors[0][None]

@@ -52,6 +52,7 @@ class ClipRow:
     versions: dict[str, str] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     quarantine: str = ""
+    training_xxh64: str = ""  # of the arrays that training reads; "" for prompts, and in datasets of before
     source: str = ""  # digest of what the clip was made from; while it stays the same, a pack keeps the clip; "": unknown
 
     @property
@@ -76,10 +77,12 @@ _MANIFEST_SCHEMA = pa.schema(
         ("quality", pa.string()),  # json
         ("quarantine", pa.string()),
         ("source", pa.string()),
+        ("training_xxh64", pa.string()),  # not in datasets of before
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
 _NAMES = _MANIFEST_SCHEMA.names
+_OPTIONAL = "training_xxh64"
 _JSON_COLUMNS = ("arrays", "versions", "quality")
 
 
@@ -172,7 +175,7 @@ class Manifest(Sequence[ClipRow]):
     def content_hash(self) -> str:
         """xxh64 of all columns in the order of the file, and of what it says of the files beside it."""
         digest = xxhash.xxh64((self._table.schema.metadata or {}).get(b"files", b""))
-        self._update(digest, _NAMES)
+        self._update(digest, [name for name in _NAMES if name in self._table.column_names])
         return digest.hexdigest()
 
     def _row(self, record: dict[str, Any]) -> ClipRow:
@@ -284,7 +287,8 @@ def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
     version = metadata.get("format_version", "?")
     if version != str(FORMAT_VERSION):
         raise DatasetError(f"{file}: format version {version}, this code reads {FORMAT_VERSION}; pack the dataset again")
-    if {field.name: _value_type(field.type) for field in table.schema} != dict(zip(_NAMES, _MANIFEST_SCHEMA.types, strict=True)):
+    expected = dict(zip(_NAMES, _MANIFEST_SCHEMA.types, strict=True))
+    if {_OPTIONAL: pa.string()} | {field.name: _value_type(field.type) for field in table.schema} != expected:
         raise DatasetError(f"{file}: columns {table.schema.to_string()}, expected {_MANIFEST_SCHEMA.to_string()}")
     if empty := [column for column in table.column_names if table[column].null_count]:
         raise DatasetError(f"{file}: nothing in some rows of {empty}; pack the dataset again")
@@ -296,6 +300,9 @@ def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
         raise DatasetError(f"{file}: damaged ({error}); pack the dataset again") from error
     if found != metadata.get("xxh64"):  # pages have checksums, but the file's footer, which says how to read them, has none
         raise DatasetError(f"{file}: damaged (its rows do not have the hash in its footer); pack the dataset again")
+    if _OPTIONAL not in table.column_names:
+        table = table.append_column(_OPTIONAL, pa.array([""] * len(table), pa.string()))
+        manifest = Manifest(file, table)
     ids = table["clip_id"]
     if len(table) > 1 and not pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py():
         manifest = Manifest(file, table.take(pc.sort_indices(ids)).unify_dictionaries().combine_chunks())

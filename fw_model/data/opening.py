@@ -96,7 +96,8 @@ def open_online(
     device, augment, wan = torch.device(device), config.augment, preset.model.wan
     if device.type != "cpu" and config.workers:
         raise ConfigError(
-            f"encode_online: the encoders run on {device}, which data workers cannot use; set workers: 0 (it is {config.workers})"
+            f"encode_online: the encoders run on {device}, where encoding ahead takes memory and time from the step; "
+            f"set workers: 0 (it is {config.workers})"
         )
     manifest = read_manifest(path)
     rows = manifest.select(manifest.equal("quarantine", "")).distinct("split", "bucket", "arrays")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from fw_model.data.schema import ARRAYS, TEXT, VIDEO
+from fw_model.data.schema import ARRAYS, TEXT, UNREAD, VIDEO
+
+T = TypeVar("T")
 
 _DTYPES = {name: dtype for name, (dtype, _) in {**ARRAYS, "video": VIDEO, "text": TEXT}.items()}
 
@@ -36,6 +39,15 @@ class Payload:
 
     def xxh64(self) -> str:
         return payload_hash(self.arrays, self.buffers)
+
+    def training_xxh64(self) -> str:
+        """The hash of what training reads of it."""
+        return payload_hash(read_in_training(self.arrays), self.buffers)
+
+
+def read_in_training(arrays: Mapping[str, T]) -> dict[str, T]:
+    """The arrays that training reads, of those of a clip."""
+    return {name: array for name, array in arrays.items() if name != UNREAD}
 
 
 def payload_hash(arrays: Mapping[str, tuple[str, tuple[int, ...]]], buffers: Mapping[str, memoryview]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from fw_model.errors import DatasetError, MissingDatasetError
-from fw_model.files import fsync, held_lock, is_locked
+from fw_model.files import held_lock, is_locked, put_in_place, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,8 @@ class RemoteFolder:
         target = self.cache / "manifests" / f"{xxhash.xxh64_hexdigest(f'{where} {version}'.encode())}.parquet"
         with self._locked(target.name):
             if not target.is_file():
-                temporary = target.with_suffix(".tmp")
-                _patiently(where, lambda: _download(where, temporary), MissingDatasetError)
-                temporary.replace(target)
+                with whole_file(target) as temporary:
+                    _patiently(where, lambda: _download(where, temporary), MissingDatasetError)
         return target
 
     def fetch(self, name: str, size: int, xxh64: str) -> Path:
@@ -93,7 +92,7 @@ class RemoteFolder:
             self._make_room(temporary, size, where)
             try:
                 _patiently(where, lambda: _download(where, temporary, (size, xxh64)), DatasetError)
-                temporary.replace(target)
+                put_in_place(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
         return target
@@ -168,7 +167,6 @@ def _download(url: str, target: Path, expected: tuple[int, str] | None = None) -
             copy.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-    fsync(target)
     if expected is not None and (size, digest.hexdigest()) != expected:
         raise OSError(
             f"{size:,} bytes with xxh64 {digest.hexdigest()} arrived, the manifest says {expected[0]:,} and {expected[1]}"

@@ -26,7 +26,7 @@ class ResumableBucketSampler(Sampler[list[int]]):
     A global batch is cut into consecutive slices of `batch_per_rank`; in micro-step j rank r gets slice j * world_size + r.
     The union over ranks and over the `accumulation` micro-steps of a step is therefore the same for any number of ranks.
 
-    State is (epoch, samples consumed in it by all ranks). Iterating does NOT move it, because a DataLoader with workers
+    State is (epoch, samples consumed in it by all ranks). Iterating does NOT move it, because a loader with workers
     draws ahead of training: call `advance()` once after each optimiser step. `iter()` starts at the state, so after
     `load_state_dict` a new iterator gives exactly the batches that were still to come, whatever the number of ranks.
 

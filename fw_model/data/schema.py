@@ -24,6 +24,7 @@ ARRAYS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "intrinsics": ("float32", ("T", 3, 3)),  # pixels of the H x W image
     "w2c": ("float32", ("T", 3, 4)),
 }
+UNREAD = "confidence"  # what training leaves in the shard: no loss reads it
 # A clip that is not encoded yet has its pictures instead of what the encoders make of them.
 VIDEO: tuple[str, tuple[str | int, ...]] = ("uint8", ("N",))  # bytes of a video file of exactly T frames of H x W
 RAW_ARRAYS = {"video": VIDEO, **{name: spec for name, spec in ARRAYS.items() if name not in ("latents", "image")}}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from fw_model.data.manifest import ClipRow, read_rows, write_rows
 from fw_model.data.payload import Payload, payload_schema
 from fw_model.errors import DatasetError
-from fw_model.files import fsync
+from fw_model.files import fsync, whole_file
 
 
 @dataclass
@@ -63,11 +63,8 @@ class ShardFile:
     def close(self) -> FinishedShard:
         self._writer.close()
         fsync(self.path)
-        temporary = self.path.with_suffix(".rows.tmp")
-        write_rows(temporary, self.rows)
-        fsync(temporary)
-        temporary.rename(self.path.with_suffix(".rows"))
-        fsync(self.path.parent)
+        with whole_file(self.path.with_suffix(".rows")) as temporary:
+            write_rows(temporary, self.rows)
         return FinishedShard(self.path, self.rows)
 
     def abandon(self) -> None:

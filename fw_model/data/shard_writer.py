@@ -44,9 +44,9 @@ from fw_model.data.payload import Payload
 from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_file import FinishedShard, ShardFile, finished_shards
 from fw_model.data.shard_reader import ShardReader
-from fw_model.data.swap import clear_up, new_dataset, packing_folder, swap_in, take_lock
+from fw_model.data.swap import clear_up, new_dataset, packing_folder, swap_in, take_pack_lock
 from fw_model.errors import DatasetError, MissingDatasetError
-from fw_model.files import file_hash, fsync, link, remove
+from fw_model.files import file_hash, fsync, link, remove, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = take_lock(self.path)
+        self._lock = take_pack_lock(self.path)
         try:
             clear_up(self.path)
             self._work.mkdir(exist_ok=True)
@@ -160,6 +160,7 @@ class ShardWriter:
             arrays=payload.arrays,
             bytes=payload.bytes,
             xxh64=payload.xxh64(),
+            training_xxh64=payload.training_xxh64(),
             versions=dict(record.versions),
             quality={key: float(value) for key, value in record.quality.items()},
             source=source,
@@ -317,9 +318,8 @@ class ShardWriter:
                 files[name] = self._hashes.get(shard.file) or file_hash(whole / name)
         for file, rows in ((TEXTS, self._texts), (MANIFEST, self._rows)):
             final = [replace(row, shard=names.get(row.shard, "")) for row in sorted(rows.values(), key=lambda row: row.clip_id)]
-            write_rows(whole / f".{file}", final, files if file == MANIFEST else None)
-            fsync(whole / f".{file}")
-            (whole / f".{file}").rename(whole / file)
+            with whole_file(whole / file) as temporary:
+                write_rows(temporary, final, files if file == MANIFEST else None)
             files[file] = file_hash(whole / file)
         fsync(whole)
         swap_in(self.path)

@@ -7,7 +7,7 @@ from typing import IO
 
 from fw_model.data.manifest import MANIFEST, previous_folder
 from fw_model.errors import DatasetError, PackInProgressError
-from fw_model.files import fsync, lock_owner, own_lock, remove, try_lock
+from fw_model.files import fsync, remove, remove_temporaries, take_lock
 
 
 def packing_folder(path: Path) -> Path:
@@ -20,15 +20,13 @@ def new_dataset(path: Path) -> Path:
     return packing_folder(path) / "whole"
 
 
-def take_lock(path: Path) -> IO[str]:
+def take_pack_lock(path: Path) -> IO[str]:
     """An exclusive lock on `.dataset.lock`, which ends with the file object or with the process."""
-    lock = open(path.parent / f".{path.name}.lock", "a+", encoding="utf-8")  # noqa: SIM115 held until the pack is over
-    if not try_lock(lock):
-        owner = lock_owner(lock)
-        lock.close()
-        raise PackInProgressError(f"{path}: process {owner} is packing this dataset; wait for it or stop it")
-    own_lock(lock)
-    return lock
+
+    def refuse(owner: str) -> PackInProgressError:
+        return PackInProgressError(f"{path}: process {owner} is packing this dataset; wait for it or stop it")
+
+    return take_lock(path.parent / f".{path.name}.lock", refuse)
 
 
 def clear_up(path: Path) -> None:
@@ -51,6 +49,7 @@ def clear_up(path: Path) -> None:
         swap_in(path)
         remove(packing_folder(path))
     remove(new_dataset(path))
+    remove_temporaries(packing_folder(path))
 
 
 def swap_in(path: Path) -> None:

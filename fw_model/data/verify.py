@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fw_model.data.manifest import MANIFEST, TEXT_SPLIT, TEXTS, ClipRow, dataset_folder, open_parquet, read_manifest, read_texts
+from fw_model.data.payload import Payload
 from fw_model.data.schema import ClipRecord, bucket_of, check_record, check_text
 from fw_model.data.shard_reader import ShardReader
 from fw_model.errors import DatasetError
@@ -68,6 +69,8 @@ def _clip_faults(reader: ShardReader, row: ClipRow, folder: Path) -> Iterator[st
     except ValueError as error:
         yield str(error)
         return
+    if row.training_xxh64 not in ("", Payload(arrays).training_xxh64()):
+        yield f"{folder / MANIFEST}: clip {row.clip_id}: the hash of what training reads is not that of its bytes"
     if bucket_of(record) != row.bucket:
         yield f"{folder / MANIFEST}: clip {row.clip_id} is listed as {row.bucket}, its arrays are {bucket_of(record)}"
 

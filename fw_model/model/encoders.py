@@ -7,8 +7,11 @@ same classes small and fills them from a seed, so that a laptop runs the same co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ import torch
 from fw_model.config import EncodersConfig
 from fw_model.errors import Explained
 
+P = ParamSpec("P")
 LATENT_CHANNELS = 16
 # Wan's own per-channel statistics do not fit seeded VAE weights; theirs are measured once on this many noise frames.
 _CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
@@ -25,9 +29,21 @@ class EncoderError(Explained, RuntimeError):
     """Encoder weights that are missing or do not load; the message says what to fetch."""
 
 
+def _one_at_a_time(encode: Callable[Concatenate[Encoders, P], np.ndarray]) -> Callable[Concatenate[Encoders, P], np.ndarray]:
+    """Without gradients, for one thread at a time: Wan's VAE keeps the frames before, and the tokenizer its settings, in itself
+    while they work."""
+
+    @functools.wraps(encode)
+    def call(self: Encoders, *args: P.args, **kwargs: P.kwargs) -> np.ndarray:
+        with self._lock, torch.no_grad():
+            return encode(self, *args, **kwargs)
+
+    return call
+
+
 @dataclass
 class Encoders:
-    """VAE, text and image encoder with their preprocessing, on one device."""
+    """VAE, text and image encoder with their preprocessing, on one device. Threads may share them."""
 
     vae: Any
     text: Any
@@ -38,6 +54,7 @@ class Encoders:
     identities: dict[str, str]  # who makes the features, as `EncodersConfig.identities` says it
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's published statistics
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: EncodersConfig, text_len: int, device: str = "cpu") -> Encoders:
@@ -56,7 +73,7 @@ class Encoders:
             module.to(device).eval().requires_grad_(False)
         return cls(**parts, text_len=text_len, identities=config.identities(text_len))
 
-    @torch.no_grad()
+    @_one_at_a_time
     def encode_video(self, frames: np.ndarray) -> np.ndarray:
         """frames [T, H, W, 3] uint8 RGB -> normalised latents [16, F, H/8, W/8] float16, F = 1 + (T - 1) / 4.
 
@@ -70,14 +87,14 @@ class Encoders:
         std = torch.tensor(self.vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
         return ((latents - mean) / std)[0].half().cpu().numpy()
 
-    @torch.no_grad()
+    @_one_at_a_time
     def encode_text(self, prompt: str) -> np.ndarray:
         """Prompt -> UMT5 embedding [L, D] float16 of its L real tokens (the base pads with zeros to `text_len`)."""
         tokens = self.tokenizer(prompt, truncation=True, max_length=self.text_len, return_tensors="pt").to(self.text.device)
         hidden = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return hidden[0].float().half().cpu().numpy()
 
-    @torch.no_grad()
+    @_one_at_a_time
     def encode_image(self, frame: np.ndarray) -> np.ndarray:
         """First frame [H, W, 3] uint8 RGB -> CLIP features [N, C] float16: the last but one layer, class token first."""
         pixels = torch.from_numpy(frame).to(self.image.device).permute(2, 0, 1)[None].float() / 255

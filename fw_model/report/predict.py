@@ -14,7 +14,7 @@ from fw_model.cameras import decode_pose
 from fw_model.data.dataset import collate
 from fw_model.data.manifest import dataset_digest
 from fw_model.data.opening import Clips, open_dataset
-from fw_model.files import write_bytes
+from fw_model.files import write_text
 from fw_model.metrics import Array, absrel, ate, auc, delta125, depth_scale, relative_pose_errors
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.report.figures import pick_frames, thumbnail_png
@@ -86,7 +86,7 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
         seconds=result.seconds if result else None,
         clips=results,
     )
-    write_bytes(output, page(data).encode())
+    write_text(output, page(data))
     first = results[0]
     thumbnail = thumbnail_png(first.depth, first.predicted_depth, first.valid, title=f"{metadata.stage} step {metadata.step}")
     losses = {f"val/{name}": value for name, value in (result.validation["after"] if result else {}).items()}

@@ -194,7 +194,6 @@ def load_tensors(state: Path, name: str) -> dict[str, torch.Tensor]:
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=header)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
 
 
 def _latest(directory: Path, pattern: re.Pattern[str]) -> Path | None:

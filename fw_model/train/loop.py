@@ -89,10 +89,6 @@ def train(
         run = build_run(preset, stage, identity, dataset, output, stage1_checkpoint, accelerator, on_metrics)
         try:
             complete = fit(run, stop)
-        except RuntimeError as error:
-            if explained := run.batches.worker_died(error):
-                raise explained from error
-            raise
         finally:
             run.batches.close()
         result = _finish(run) if complete else None

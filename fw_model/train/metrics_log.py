@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from fw_model.files import write_bytes
+from fw_model.files import write_text
 
 OnMetrics = Callable[[dict[str, float]], None]
 
@@ -22,7 +22,7 @@ class MetricsLog:
     def __init__(self, path: Path, keep_until: int, listeners: list[OnMetrics]) -> None:
         """Open the file, keeping the lines whose step is at most `keep_until` (-1: none)."""
         kept = [line for line in read_metrics(path) if line["step"] <= keep_until]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
         self.listeners = listeners
 

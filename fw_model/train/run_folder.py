@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
 from fw_model.config import Preset, Stage, WeightsConfig
 from fw_model.errors import TRAIN_STAGE1, TrainingError
-from fw_model.files import lock_owner, own_lock, try_lock, update_from_file, write_json
+from fw_model.files import take_lock, update_from_file, write_json
 from fw_model.train.checkpoints import check_usable, latest_checkpoint, latest_state
 from fw_model.train.identity import CheckpointError, CheckpointMetadata, RunIdentity, flat, read_metadata
 
@@ -155,20 +153,14 @@ def finished(output: Path, identity: RunIdentity) -> TrainResult | None:
     return result
 
 
-@contextmanager
-def locked(output: Path, patience: float = 60) -> Iterator[None]:
-    """Hold the folder for this process, waiting `patience` seconds for one that is about to stop.
+def locked(output: Path, patience: float = 60) -> IO[str]:
+    """Hold the folder for this process until the file is closed, waiting `patience` seconds for one that is about to stop.
 
     Raises TrainingError when another process goes on training into it.
     """
+
+    def refuse(owner: str) -> TrainingError:
+        return TrainingError(f"{output}: process {owner} is training into it; wait for it or stop it")
+
     output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience
-        while not try_lock(file):
-            owner = lock_owner(file)
-            if time.monotonic() >= deadline:
-                raise TrainingError(f"{output}: process {owner} is training into it; wait for it or stop it")
-            log.info("%s: waiting for process %s to stop", output, owner)
-            time.sleep(min(5.0, patience))
-        own_lock(file)
-        yield  # closing the file gives the lock back, also when the process is killed
+    return take_lock(output / ".lock", refuse, patience)

@@ -91,7 +91,7 @@ def export_guide(
     if not rows:
         raise GuideLayoutError(f"{dataset}: no clip to export" + (f" in its {split} split" if split else ""))
     reader = ShardReader(dataset)
-    with whole_folder(folder) as target:
+    with whole_folder(folder, flush=False) as target:
         entries = []
         for row in progress(rows):
             if not _FILE_NAME.fullmatch(row.clip_id):
@@ -103,6 +103,8 @@ def export_guide(
                 path.parent.mkdir(exist_ok=True)
                 videos.write(row, arrays, path)
         write_json(target / METADATA, entries)
+        if folder.exists():
+            folder.rmdir()  # empty, or this refuses
     reader.close()
     return len(rows)
 

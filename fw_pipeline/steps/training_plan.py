@@ -10,6 +10,7 @@ import yaml
 
 from fw_model.config import Preset, Stage
 from fw_model.errors import TRAIN_STAGE1, DatasetError, MissingInput
+from fw_model.files import write_text
 from fw_model.train.identity import CheckpointError, RunIdentity, read_metadata, run_identity
 from fw_pipeline.steps.settings import Settings
 from fw_pipeline.steps.store import Store
@@ -35,8 +36,7 @@ class TrainingPlan:
 
     def write_preset(self) -> None:
         """Keep the whole configuration beside its results; the training process reads it from there."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.preset_file.write_text(yaml.safe_dump(self.preset.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        write_text(self.preset_file, yaml.safe_dump(self.preset.model_dump(mode="json"), sort_keys=False))
 
     def command(self) -> list[str]:
         """The `accelerate launch` line, as a list (no shell); torchrun's for several processes on CPUs.

@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fw_model.data.dataset import ClipDataset, collate
+from fw_model.data.manifest import MANIFEST, dataset_digest, read_manifest, write_table
 from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import Batch
+from fw_model.data.shard_reader import ShardReader
 from fw_model.data.shard_writer import ShardWriter
+from fw_model.data.verify import verify
 from fw_model.errors import DatasetError, MissingDatasetError
 from fw_model.train.loading import Batches
 from fw_model.train.losses import make_targets
-from tests.helpers.made_clips import add_clip, make_record, make_text, pack
+from tests.helpers.made_clips import add_clip, bring_up_to_date, make_record, make_text, pack
 
 CLIPS = {"v4": "train", "v1": "train", "v2": "train", "v3": "val"}
 
@@ -34,13 +39,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def damage(path: Path, clip_id: str) -> None:
-    """Flip one byte of a clip's depth."""
+def damage(path: Path, clip_id: str, name: str = "depth") -> None:
+    """Flip one byte of an array of a clip."""
     for shard in path.glob("*-of-*.parquet"):
         data = bytearray(shard.read_bytes())
-        where = data.find(make_record(clip_id).arrays["depth"].tobytes())
+        arrays = make_record(clip_id).arrays
+        where = data.find(arrays[name].tobytes(), max(0, data.find(arrays["confidence"].tobytes())))
         if where >= 0:
-            data[where] ^= 1
+            data[where + 5] ^= 1
             shard.write_bytes(data)
 
 
@@ -126,7 +132,6 @@ def assert_equal(got: list[Batch], wanted: list[Batch]) -> None:
             assert not isinstance(value, torch.Tensor) or torch.equal(getattr(one, name), value), name
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_any_number_of_workers_gives_the_same_batches(clips: ClipDataset) -> None:
     expected = load(clips, ResumableBucketSampler(clips.buckets, 4, 2), 10)
     assert {tuple(batch.depth.shape[2:]) for batch in expected} == {(32, 48), (48, 32)}
@@ -135,59 +140,93 @@ def test_any_number_of_workers_gives_the_same_batches(clips: ClipDataset) -> Non
 
 
 @pytest.mark.parametrize(("size", "start"), [(1, "fork"), (2, "fork"), (2, "spawn")])
-def test_a_data_worker_hands_over_where_clips_lie_instead_of_their_bytes(clips: ClipDataset, size: int, start: str) -> None:
+def test_worker_processes_of_another_loader_give_the_same_batches(clips: ClipDataset, size: int, start: str) -> None:
     loader = DataLoader(clips, batch_size=size, collate_fn=collate, num_workers=1, multiprocessing_context=start)
     (batch,) = islice(loader, 1)
     assert_equal([batch], [collate([clips[i] for i in range(size)])])
-    assert not any(value.is_shared() for value in vars(batch).values() if isinstance(value, torch.Tensor))
 
 
-class Blanked(Dataset[Any]):
-    """What somebody may do to samples on their way."""
-
-    def __init__(self, clips: ClipDataset) -> None:
-        self.clips = clips
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.clips[index]
-        sample["depth"].zero_()
-        return sample
+def test_a_batch_of_one_clip_is_the_mapped_bytes_uncopied(clips: ClipDataset) -> None:
+    sample = clips[0]
+    batch = collate([sample])
+    assert batch.depth.data_ptr() == sample["depth"].data_ptr()
+    shard = str(Path(clips.path) / clips.rows[0].shard)
+    assert shard in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
-def test_what_was_changed_in_a_sample_arrives_changed(clips: ClipDataset) -> None:
-    (batch,) = islice(DataLoader(Blanked(clips), batch_size=2, collate_fn=collate, num_workers=1), 1)
-    assert not batch.depth.any()
-    assert torch.equal(batch.latents[1], clips[1]["latents"])
-
-
-def test_a_sample_on_its_way_does_not_need_its_shards_name_any_more(tmp_path: Path) -> None:
+def test_a_sample_does_not_need_its_shards_name_any_more(tmp_path: Path) -> None:
     pack(tmp_path / "d", CLIPS)
-    sent = ForkingPickler.dumps(ClipDataset(tmp_path / "d", "train", 8)[1])
+    sample = ClipDataset(tmp_path / "d", "train", 8)[1]
     shutil.rmtree(tmp_path / "d")
-    arrived = pickle.loads(sent)
-    assert arrived["clip_id"] == "v2"
-    np.testing.assert_array_equal(arrived["depth"].numpy(), make_record("v2").arrays["depth"])
+    np.testing.assert_array_equal(sample["depth"].numpy(), make_record("v2").arrays["depth"])
 
 
-class Overwritten(Blanked):
-    """A shard is written to right after a data worker has checked a clip of it."""
+def test_threads_that_share_a_dataset_get_the_right_clips_whatever_is_let_go_of_meanwhile(tmp_path: Path) -> None:
+    pack(tmp_path / "d", dict.fromkeys("abcdefgh", "train"), target_bytes=1)  # a shard each
+    clips = ClipDataset(tmp_path / "d", "train", 8)
+    clips._shards.max_open = 1
+    wanted = [make_record(name).arrays["depth"] for name in "abcdefgh"]
 
-    def __getitem__(self, index: int) -> Any:
-        sample = self.clips[index]
-        for shard in Path(self.clips.path).glob("train-*"):
-            data = shard.read_bytes()
-            shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        return sample
+    def read(index: int) -> bool:
+        return np.array_equal(clips[index]["depth"].numpy(), wanted[index])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, [i % 8 for i in range(400)]))
 
 
-def test_a_shard_written_to_between_check_and_use_is_named_not_read(tmp_path: Path) -> None:
+def without_hash_for_training(path: Path) -> None:
+    """A dataset as it was packed before there was a hash of what training reads."""
+    manifest = pq.read_table(path / MANIFEST)
+    write_table(path / MANIFEST, manifest.drop_columns(["training_xxh64"]))
+
+
+def test_a_dataset_of_before_the_hash_for_training_is_read_verified_and_packed_on(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    pack(path, CLIPS)
+    digest, new = dataset_digest(path), [*ClipDataset(path, "train", 8)]
+    without_hash_for_training(path)
+    assert {row.training_xxh64 for row in read_manifest(path)} == {""}
+    assert dataset_digest(path) == digest  # it is the same dataset: a run goes on with it
+    assert verify(path) == []
+    for old, sample in zip(ClipDataset(path, "train", 8), new, strict=True):
+        assert all(torch.equal(old[name], sample[name]) for name in old if name != "clip_id")
+    bring_up_to_date(path, {"v1": "1", "v9": "1"})
+    assert verify(path) == []
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_hash_of_confidence_is_checked_by_who_reads_it(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "d"
+    pack(path, CLIPS)
+    if old:
+        without_hash_for_training(path)
+    damage(path, "v2", "confidence")
+    clips = ClipDataset(path, "train", 8)
+    if old:  # it has only the hash of all arrays together
+        with pytest.raises(DatasetError, match="clip v2 .*hash"):
+            clips[1]
+    else:
+        np.testing.assert_array_equal(clips[1]["depth"].numpy(), make_record("v2").arrays["depth"])
+    with pytest.raises(DatasetError, match="clip v2 .*hash"):
+        ShardReader(path).read(clips.rows[1])
+    assert ["clip v2" in fault for fault in verify(path)] == [True]
+
+
+@pytest.mark.parametrize("name", ["depth", "image", "intrinsics", "latents", "w2c"])
+def test_a_flipped_byte_in_what_training_reads_is_named(tmp_path: Path, name: str) -> None:
     pack(tmp_path / "d", CLIPS)
-    loader = DataLoader(Overwritten(ClipDataset(tmp_path / "d", "train", 8)), collate_fn=collate, num_workers=1)
-    with pytest.raises(DatasetError, match=r"train-00000-of-00001\.parquet: was written to while it was read"):
-        next(iter(loader))
+    damage(tmp_path / "d", "v2", name)
+    with pytest.raises(DatasetError, match=r"train-00000-of-00001.parquet: clip v2 .*hash"):
+        ClipDataset(tmp_path / "d", "train", 8)[1]
+
+
+def test_a_hash_for_training_that_is_not_of_the_bytes_is_found_by_verify(tmp_path: Path) -> None:
+    pack(tmp_path / "d", {"a": "train"})
+    table = pq.read_table(tmp_path / "d" / MANIFEST)
+    number = table.column_names.index("training_xxh64")
+    write_table(tmp_path / "d" / MANIFEST, table.set_column(number, "training_xxh64", pa.array(["0" * 16])))
+    (fault,) = verify(tmp_path / "d")
+    assert "clip a: the hash of what training reads is not that of its bytes" in fault
 
 
 def by_all_ranks(clips: ClipDataset, world: int, state: dict[str, Any] | None, steps: int) -> list[Batch]:

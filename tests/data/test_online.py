@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,3 +80,16 @@ def test_each_kind_of_dataset_says_how_the_other_is_read(tmp_path: Path, encoder
         writer.add(raw_record("a", frames_of("a")), "train")
     with pytest.raises(DatasetError, match=r"clip a is not encoded yet .*OnlineEncodedClips"):
         ClipDataset(tmp_path / "d", "train", 8)
+
+
+def test_threads_that_share_the_encoders_get_what_one_alone_gets(encoders: Encoders) -> None:
+    """Wan's VAE keeps the frames before in itself while it encodes, and the tokenizer its settings."""
+    frames = {clip_id: np.concatenate([frames_of(clip_id)] * 2)[:9] for clip_id in "abcd"}
+    alone = {clip_id: (encoders.encode_video(video), encoders.encode_text(clip_id)) for clip_id, video in frames.items()}
+
+    def same(clip_id: str) -> bool:
+        latents, text = encoders.encode_video(frames[clip_id]), encoders.encode_text(clip_id)
+        return np.array_equal(latents, alone[clip_id][0]) and np.array_equal(text, alone[clip_id][1])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, "abcd" * 4))

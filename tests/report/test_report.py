@@ -151,7 +151,7 @@ def test_names_from_the_dataset_cannot_break_the_page(
         return ""
 
     monkeypatch.setattr(predict, "page", keep)
-    monkeypatch.setattr(predict, "write_bytes", lambda path, data: None)
+    monkeypatch.setattr(predict, "write_text", lambda path, data: None)
     write_report(runs["stage1"], dataset, Path("unused"), clips=1)
     clip = seen[0].clips[0]
     object.__setattr__(clip, "clip_id", "</script><b>x")

@@ -152,7 +152,7 @@ def interrupted_with_its_group(dataset: Path, output: Path) -> int:
     return 0
 
 
-def test_signal_to_the_whole_group_leaves_data_workers_alive_for_the_last_step(dataset: Path, tmp_path: Path) -> None:
+def test_signal_to_the_whole_group_finishes_the_step_too(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert processes.run(interrupted_with_its_group, dataset, output, log=tmp_path / "log") == [75]
     assert latest_state(output / "state") == output / "state" / "step-3"
