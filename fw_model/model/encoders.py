@@ -14,15 +14,11 @@ import numpy as np
 import torch
 
 from fw_model.config import EncodersConfig
-from fw_model.errors import Explained
+from fw_model.errors import EncoderError
 
 LATENT_CHANNELS = 16
 # Wan's own per-channel statistics do not fit seeded VAE weights; theirs are measured once on this many noise frames.
 _CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
-
-
-class EncoderError(Explained, RuntimeError):
-    """Encoder weights that are missing or do not load; the message says what to fetch."""
 
 
 @dataclass
