@@ -20,6 +20,9 @@ REMEDIES = {
     errno.ENOTDIR: "A file stands where a folder is needed: check the path",
     errno.EISDIR: "A folder stands where a file is needed: check the path",
     errno.EEXIST: "Something is there already: check the path",
+    errno.ENOTEMPTY: "Something is there already: check the path",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Allow more open files: ulimit -n 65536",
     errno.EACCES: "Check who may read and write there",
     errno.EPERM: "Check who may read and write there",
     errno.EROFS: "Choose a place that can be written",
@@ -65,6 +68,14 @@ class PackInProgressError(DatasetError):
 
 class ConfigError(Explained, ValueError):
     """A preset, file or override that cannot be used; the message names the key and what is accepted."""
+
+
+class EncoderError(Explained, RuntimeError):
+    """Encoder weights that are missing or do not load; the message says what to fetch."""
+
+
+class BadFileError(Explained, ValueError):
+    """A file that is not what its name promises; the message names it, with the line or what it lacks."""
 
 
 def explanation(error: BaseException) -> str | None:

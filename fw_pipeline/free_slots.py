@@ -7,7 +7,7 @@ import sys
 
 import dagster as dg
 
-from fw_model.errors import explain_errors
+from fw_model.errors import MissingInput, explain_errors
 from fw_pipeline.launch import open_instance
 
 
@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int:
         for run_id in argv:  # a run named by its id is declared dead by whoever knows that it is
             run = instance.get_run_by_id(run_id)
             if run is None:
-                print(f"{run_id}: no such run", file=sys.stderr)
-                return 1
+                raise MissingInput(f"{run_id}: no such run in {instance.root_directory}")
             if not run.is_finished:
                 instance.report_run_failed(run, "declared dead with make free-slots")
         freed = free_slots(instance)

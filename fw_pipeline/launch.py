@@ -13,10 +13,12 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 
 import dagster as dg
+import yaml
 
-from fw_model.errors import MissingInput, explain_errors
+from fw_model.errors import ConfigError, MissingInput, explain_errors
 from fw_pipeline.partitions import LAUNCH, register
 
 
@@ -70,11 +72,14 @@ def _reason(event: dg.DagsterEvent) -> str:
 
 
 def open_instance() -> dg.DagsterInstance:
-    """The instance at DAGSTER_HOME. Raises MissingInput when there is none."""
+    """The instance at DAGSTER_HOME. Raises MissingInput when there is none, ConfigError when Dagster refuses it."""
     home = os.environ.get("DAGSTER_HOME", "")
     if not Path(home).is_dir() or not home:
         raise MissingInput(f"DAGSTER_HOME={home!r} is no folder, and runs are recorded there", "Run first: source env.sh")
-    return dg.DagsterInstance.get()
+    try:
+        return dg.DagsterInstance.get()
+    except (dg.DagsterError, yaml.YAMLError) as error:
+        raise ConfigError(f"Dagster refuses {home}/dagster.yaml or DAGSTER_HOME={home!r}: {error}") from error
 
 
 @explain_errors
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n[{number}/{len(args.jobs)}] {name}", flush=True)
             failed = launch(instance, name).failed
             if failed:
-                print("\nfailed:\n  " + "\n  ".join(failed), file=sys.stderr)
+                print("\nfailed:\n" + indent("\n".join(failed), "  "), file=sys.stderr)
                 return 1
     return 0
 

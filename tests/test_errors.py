@@ -33,7 +33,7 @@ def test_an_explained_error_is_its_words_and_its_remedy(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "error: shard 3 is damaged\nPack again\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.ENOTDIR])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.ENAMETOOLONG])
 def test_what_the_system_refuses_is_told_with_the_file(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(OSError(number, "refused", "/a/file")) == 1
     assert capsys.readouterr().err.startswith("error: /a/file: refused. ")

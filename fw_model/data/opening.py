@@ -13,8 +13,8 @@ from fw_model.data.augment import frames_needed
 from fw_model.data.dataset import ClipDataset
 from fw_model.data.manifest import ClipRow, read_manifest
 from fw_model.data.online import OnlineEncodedClips, check_pictures
-from fw_model.errors import BUILD_DATASET, DatasetError, TrainingError
-from fw_model.model.encoders import EncoderError, Encoders
+from fw_model.errors import BUILD_DATASET, DatasetError, EncoderError, TrainingError
+from fw_model.model.encoders import Encoders
 
 log = logging.getLogger(__name__)
 

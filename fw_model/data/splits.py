@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import xxhash
 
+from fw_model.errors import ConfigError
+
 
 def _hash_share(video: str) -> float:
     """Where a video's path falls in [0, 1)."""
@@ -25,7 +27,7 @@ def assign_splits(videos: Iterable[str], val_percent: float = 10) -> dict[str, s
     change its split when the set grows.
     """
     if not 0 <= val_percent <= 100:
-        raise ValueError(f"val_percent must lie in 0..100, got {val_percent}")
+        raise ConfigError(f"val_percent must lie in 0..100, got {val_percent}")
     ranked = sorted(set(videos), key=lambda video: (_hash_share(video), video))
     splits = {video: split_of(video, val_percent) for video in ranked}
     if len(ranked) == 1:

@@ -17,16 +17,12 @@ import numpy as np
 import torch
 
 from fw_model.config import EncodersConfig
-from fw_model.errors import Explained
+from fw_model.errors import EncoderError
 
 P = ParamSpec("P")
 LATENT_CHANNELS = 16
 # Wan's own per-channel statistics do not fit seeded VAE weights; theirs are measured once on this many noise frames.
 _CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
-
-
-class EncoderError(Explained, RuntimeError):
-    """Encoder weights that are missing or do not load; the message says what to fetch."""
 
 
 def _one_at_a_time(encode: Callable[Concatenate[Encoders, P], np.ndarray]) -> Callable[Concatenate[Encoders, P], np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
+from fw_model.errors import BadFileError
 from fw_model.files import write_text
 
 OnMetrics = Callable[[dict[str, float]], None]
@@ -82,5 +83,5 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # no newline after it
                 break
-            raise ValueError(f"{path}:{number}: not a JSON line ({error})") from error
+            raise BadFileError(f"{path}:{number}: not a JSON line ({error})") from error
     return metrics

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fw_model import metrics
+from fw_model.errors import BadFileError
 from fw_pipeline.annotate.clips import FrameTransform
 from fw_pipeline.annotate.types import Clip
 
@@ -79,14 +80,14 @@ def ground_truth_path(video: Path) -> Path:
 
 
 def load_ground_truth(video: Path) -> GroundTruth | None:
-    """Ground truth of a rendered video, or None for a video that has none. Raises ValueError for a broken file."""
+    """Ground truth of a rendered video, or None for a video that has none. Raises BadFileError for a broken file."""
     path = ground_truth_path(video)
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as data:
         missing = {"depth", "intrinsics", "w2c", "timestamps", "shot"} - set(data.files)
         if missing:
-            raise ValueError(f"{path}: not a ground-truth file, it lacks {', '.join(sorted(missing))}")
+            raise BadFileError(f"{path}: not a ground-truth file, it lacks {', '.join(sorted(missing))}")
         return GroundTruth(
             depth=data["depth"].astype(np.float32),
             intrinsics=data["intrinsics"].astype(np.float64),
@@ -99,7 +100,7 @@ def load_ground_truth(video: Path) -> GroundTruth | None:
 def ground_truth_for_clip(truth: GroundTruth, clip: Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The truth at a clip's frames -> (depth [T, h, w], intrinsics [T, 3, 3], w2c [T, 3, 4] with w2c[0] = identity).
 
-    Depth and intrinsics are at the video's own size h x w (`FrameTransform` maps them to a bucket). Raises ValueError
+    Depth and intrinsics are at the video's own size h x w (`FrameTransform` maps them to a bucket). Raises BadFileError
     when a clip's timestamp is more than half a frame from every frame of the truth.
     """
     wanted = np.asarray(clip.timestamps)
@@ -107,7 +108,7 @@ def ground_truth_for_clip(truth: GroundTruth, clip: Clip) -> tuple[np.ndarray, n
     off = np.abs(truth.timestamps[nearest] - wanted)
     if off.max() > 0.5 * np.median(np.diff(truth.timestamps)) + 1e-9:
         worst = int(off.argmax())
-        raise ValueError(
+        raise BadFileError(
             f"{clip.clip_id}: no ground truth within half a frame of {wanted[worst]:.4f} s (off by {off[worst]:.4f} s)"
         )
     full = np.tile(np.eye(4), (len(nearest), 1, 1))

@@ -1,13 +1,14 @@
 """The loop that every per-video asset is: one run, many videos, each reported as soon as it is finished."""
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from tqdm import tqdm
 
-from fw_model.errors import explanation
+from fw_model.errors import EncoderError, MissingInput, explanation
 from fw_pipeline.annotate.types import EngineError
 from fw_pipeline.failures import explained
 from fw_pipeline.partitions import LAUNCH, video_partitions
@@ -40,15 +41,17 @@ def for_each_video(context: dg.AssetExecutionContext, resource: PipelineResource
     recorded per video at once, because a run records nothing by itself until its end.
     """
     if not (context.has_partition_key or context.has_partition_key_range):
-        raise dg.Failure(f"{step}: the run names no videos. Choose partitions in the UI, or run: {LAUNCH} {context.job_name}")
+        raise MissingInput(
+            f"{step}: the run names no videos", f"Choose partitions in the UI, or run: {LAUNCH} {context.job_name}"
+        )
     pipeline = resource.build()
     keys = context.partition_keys
     failed: dict[str, str] = {}
     for key in tqdm(keys, desc=step, unit="video", disable=None):
         try:
             done = pipeline.run(step, key)
-        except EngineError as error:  # no video is to blame, and the next one would fail likewise
-            raise dg.Failure(f"{step} cannot run: {error}") from None
+        except (EngineError, EncoderError) as error:  # no video is to blame, and the next one would fail likewise
+            raise type(error)(f"{step} cannot run: {error.message}", error.remedy) from error
         except Exception as error:
             reason = explanation(error)
             if reason is None:
@@ -77,7 +80,7 @@ def newly_set_aside(pipeline: "Pipeline", step: StepName, key: str, done: Done) 
 def set_aside(done: Done) -> dict[str, str]:
     """The video, or those of its clips, that give nothing -> why."""
     if done.set_aside:
-        return {done.video: done.set_aside}
+        return {done.video: done.set_aside.removeprefix(f"{PurePosixPath(done.video).name}: ")}
     return {status.clip_id: status.set_aside for status in done.clips if status.set_aside}
 
 

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from fw_model.config import Stage
+from fw_model.errors import TrainingError
 from fw_pipeline.assets.dataset import training_shards
 from fw_pipeline.assets.pictures import picture
 from fw_pipeline.failures import explained
@@ -41,10 +42,16 @@ def run_training(
         context.log.info("starts from %s", plan.stage1_checkpoint)
     # The launcher kills what has not ended before Dagster gives up on the launcher.
     environment = plan.environment(grace=TERMINATION_TIMEOUT_SECONDS - 30)
-    pipes.run(command=plan.command(), env=environment, context=context, cwd=str(PROJECT))
+    try:
+        pipes.run(command=plan.command(), env=environment, context=context, cwd=str(PROJECT))
+    except Exception as error:  # Dagster's class for a process that failed is private; that process has told its own error
+        raise TrainingError(
+            f"{stage}: the training processes failed ({error}); their own output, above or in the run's stderr, says why",
+            f"What they saved is kept in {plan.output}: launched again, the job goes on from there",
+        ) from error
     result = plan.result()
     if result is None:
-        raise dg.Failure(f"{stage}: training ended without {plan.output / 'result.json'}; launch the job again to resume it")
+        raise TrainingError(f"{stage}: training ended without {plan.output / 'result.json'}", "Launch the job again to resume it")
     losses = {f"{name} {when}": value for when in ("before", "after") for name, value in result["validation"][when].items()}
     return dg.MaterializeResult(
         metadata={

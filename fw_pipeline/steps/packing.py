@@ -16,6 +16,8 @@ from fw_pipeline.steps.pipeline import CODE_VERSION, Pipeline
 from fw_pipeline.steps.results import EncodedClip, EncodedText, FinishedClip, PicturesClip
 from fw_pipeline.steps.store import load_arrays
 
+LISTED = 20  # reasons that an error names; all of them are in the markers
+
 
 @dataclass
 class PackResult:
@@ -60,7 +62,8 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
 def _nothing_to_pack(pipeline: Pipeline, aside: dict[str, list[str]], unfinished: list[str]) -> MissingInput:
     """What keeps the dataset empty and what helps: an unfinished step is run, a video that was set aside is replaced."""
     videos = pipeline.settings.videos
-    listing = "".join(f"\n  {named(video, reason)}" for video, reasons in aside.items() for reason in reasons)
+    lines = [f"\n  {named(video, reason)}" for video, reasons in aside.items() for reason in reasons]
+    listing = "".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
     if unfinished:
         said = f"no clip to pack from {videos}: {len(unfinished)} videos are not finished, {len(aside)} were set aside{listing}"
         unannotated = any(pipeline.is_stale(step, key) for step in ("clips", "geometry", "depth") for key in pipeline.videos)

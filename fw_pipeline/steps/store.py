@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from fw_model.config import Stage
+from fw_model.errors import ANNOTATE_VIDEOS, BadFileError
 from fw_model.files import whole_folder
 
 StepName = Literal["clips", "geometry", "depth", "latents"]
@@ -115,5 +116,5 @@ def load_arrays(path: Path, kind: type[T]) -> T:
     with np.load(path, allow_pickle=False) as data:
         missing = [f.name for f in dataclasses.fields(kind) if f.name not in data.files]  # type: ignore[arg-type]
         if missing:
-            raise ValueError(f"{path}: lacks {', '.join(missing)}; annotate this video again")
+            raise BadFileError(f"{path}: lacks {', '.join(missing)}", f"Delete {path.parent} and run: {ANNOTATE_VIDEOS}")
         return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from fw_model.errors import BadFileError
 from fw_pipeline.annotate.truth import ground_truth_for_clip, ground_truth_path, load_ground_truth
 from fw_pipeline.annotate.types import Clip
 from fw_pipeline.demo import render as demo
@@ -106,14 +107,14 @@ def test_a_clips_truth_starts_at_its_first_camera(rendered) -> None:
 
 def test_a_clip_of_another_video_is_refused(rendered) -> None:
     truth = load_ground_truth(rendered)
-    with pytest.raises(ValueError, match="no ground truth within half a frame of 9"):
+    with pytest.raises(BadFileError, match="no ground truth within half a frame of 9"):
         ground_truth_for_clip(truth, make_clip([0.0, 9.0]))
 
 
 def test_videos_without_truth_have_none_and_broken_truth_is_named(tmp_path) -> None:
     assert load_ground_truth(tmp_path / "mine.mp4") is None
     np.savez(tmp_path / "mine.gt.npz", depth=np.zeros(3))
-    with pytest.raises(ValueError, match=r"mine\.gt\.npz.*lacks intrinsics"):
+    with pytest.raises(BadFileError, match=r"mine\.gt\.npz.*lacks intrinsics"):
         load_ground_truth(tmp_path / "mine.mp4")
 
 

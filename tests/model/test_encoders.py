@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fw_model.config import EncodersConfig, WeightsConfig, load_preset
-from fw_model.model.encoders import EncoderError, Encoders
+from fw_model.errors import EncoderError
+from fw_model.model.encoders import Encoders
 
 
 @pytest.fixture(scope="module")

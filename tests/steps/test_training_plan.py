@@ -202,7 +202,7 @@ def test_a_stopped_launcher_leaves_the_training_as_long_to_save_as_dagster_waits
     started: list[dict[str, Any]] = []
     context: Any = SimpleNamespace(log=SimpleNamespace(info=lambda *_: None))
     pipes: Any = SimpleNamespace(run=lambda **how: started.append(how))
-    with pytest.raises(dg.Failure, match="launch the job again to resume"):  # nothing was trained
+    with pytest.raises(dg.Failure, match="Launch the job again to resume"):  # nothing was trained
         run_training(context, SimpleNamespace(settings=lambda: settings), pipes, "stage1")  # type: ignore[arg-type]
     grace = float(started[0]["env"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert 0.9 * TERMINATION_TIMEOUT_SECONDS < grace < TERMINATION_TIMEOUT_SECONDS
