@@ -18,17 +18,8 @@ from torch import Tensor
 
 from fw_pipeline.annotate.dust3r import DUSt3R, DUSt3RConfig, DUSt3RWeightsError
 from fw_pipeline.annotate.dust3r.network import rope_2d, rotate
+from tests.helpers.tiny_dust3r import TINY
 
-TINY: dict[str, Any] = {
-    "head_type": "linear",
-    "img_size": [64, 64],
-    "enc_embed_dim": 32,
-    "enc_depth": 1,
-    "enc_num_heads": 2,
-    "dec_embed_dim": 16,
-    "dec_depth": 2,
-    "dec_num_heads": 2,
-}
 RECIPE = (
     "AsymmetricCroCo3DStereo(pos_embed='RoPE100', patch_embed_cls='ManyAR_PatchEmbed', img_size=(64, 64), head_type='linear', "
     "output_mode='pts3d', depth_mode=('exp', -inf, inf), conf_mode=('exp', 1, inf), enc_embed_dim=32, enc_depth=1, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-TINY = {
+from typing import Any
+
+TINY: dict[str, Any] = {
     "head_type": "linear",
     "img_size": [64, 64],
     "enc_embed_dim": 32,

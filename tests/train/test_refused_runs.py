@@ -20,19 +20,6 @@ from tests.helpers.made_scenes import pack_scenes
 from tests.helpers.training import no_model, small_preset
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("data") / "dataset", small_preset())
-
-
-@pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete stage 1."""
-    output = tmp_path_factory.mktemp("plain")
-    train.train(small_preset(), "stage1", dataset, output)
-    return output
-
-
 def test_dataset_of_another_clip_size_is_refused_with_the_keys_that_fit(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,11 +28,6 @@ from tests.helpers.training import FAST, SMALL, no_model, numbers, small_preset,
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("data") / "dataset", small_preset())
-
-
-@pytest.fixture(scope="module")
 def stage1_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted stage 1 run."""
     output = tmp_path_factory.mktemp("stage1")

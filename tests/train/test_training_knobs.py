@@ -24,23 +24,9 @@ from fw_model.train import loop as train
 from fw_model.train import run as training_run
 from fw_model.train.checkpoints import read_metadata
 from fw_model.train.metrics_log import in_words, read_metrics
-from tests.helpers.made_scenes import pack_scenes
 from tests.helpers.training import no_model, numbers, small_preset, stop_at
 
 ONE_STEP = ("stage1.steps=1", "stage1.warmup_steps=0")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("data") / "dataset", small_preset())
-
-
-@pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with plain AdamW."""
-    output = tmp_path_factory.mktemp("plain")
-    train.train(small_preset(), "stage1", dataset, output)
-    return output
 
 
 def config_of(**knobs: Any) -> StageConfig:
