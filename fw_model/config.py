@@ -100,6 +100,12 @@ class ModelConfig(Config):
                 raise ValueError(f"{name} {heads} does not divide the width {width}")
         if (self.wan.dim // geo.bridge_heads) % 2:
             raise ValueError(f"geometry.bridge_heads {geo.bridge_heads} gives an odd head width, which has no rotary embedding")
+        width = geo.cross_dim // geo.cross_heads
+        if width % 2 or width < 6:
+            raise ValueError(
+                f"geometry.cross_dim {geo.cross_dim} in {geo.cross_heads} heads gives a head width of {width}; "
+                "positions in time, height and width need an even one of at least 6"
+            )
         return self
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fw_model.model.rope import Rotary, apply_rope
+
+# What a block runs when something stands between its two halves; None: all of it.
+Part = Literal["attention", "feed_forward"] | None
 
 
 class Attention(nn.Module):

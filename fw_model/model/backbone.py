@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from fw_model.config import WanConfig
-from fw_model.model.attention import fp32
+from fw_model.model.attention import Part, fp32
 from fw_model.model.rope import Rotary, rope_3d
 from fw_model.model.seeded_weights import fill_made_weights
 from fw_model.model.wan_weights import (
@@ -96,6 +97,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class _Block(WanTransformerBlock):
+    """Wan's block in two halves, with its arithmetic; the residual stream may be wider than the weights."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, part: Part = None
+    ) -> Tensor:
+        x, dtype = hidden_states, self.attn1.to_q.weight.dtype
+        vectors = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        if part != "feed_forward":
+            y = (self.norm1(x.float()) * (1 + vectors[1]) + vectors[0]).to(dtype)
+            x = (x.float() + self.attn1(y, None, None, rotary_emb) * vectors[2]).to(x.dtype)
+            x = x + self.attn2(self.norm2(x.float()).to(dtype), encoder_hidden_states, None, None)
+        if part != "attention":
+            y = (self.norm3(x.float()) * (1 + vectors[4]) + vectors[3]).to(dtype)
+            x = (x.float() + self.ffn(y).float() * vectors[5]).to(x.dtype)
+        return x
+
+
 class WanBackbone(nn.Module):
     """Wan2.1-Fun-V1.1-1.3B-Control-Camera (or the same architecture in other widths). Parameters are frozen.
 
@@ -122,6 +141,7 @@ class WanBackbone(nn.Module):
         )
         del transformer.rope  # fw_model.model.rope gives the same numbers, for any length and without buffers
         for block in transformer.blocks:
+            block.__class__ = _Block
             block.attn2.set_processor(_CrossAttention(config.image_tokens))
         self.transformer: Any = transformer
         self.control_adapter = ControlAdapter(config.control_channels, config.dim)
@@ -244,9 +264,9 @@ class WanBackbone(nn.Module):
         rotary = rope_3d(self.config.head_dim, grid, hidden_BND.device)
         return hidden_BND.contiguous(), Conditioning(context, time, modulation, rotary, grid)
 
-    def block(self, i: int, hidden_BND: Tensor, cond: Conditioning) -> Tensor:
-        """Run block i: [B, N, D] -> [B, N, D]."""
-        return self.transformer.blocks[i](hidden_BND, cond.context, cond.modulation, cond.rotary)
+    def block(self, i: int, hidden_BND: Tensor, cond: Conditioning, part: Part = None) -> Tensor:
+        """Run block i, or one half of it: [B, N, D] -> [B, N, D], in the dtype it came in."""
+        return self.transformer.blocks[i](hidden_BND, cond.context, cond.modulation, cond.rotary, part)
 
     def head(self, hidden_BND: Tensor, cond: Conditioning) -> Tensor:
         """Tokens after the last block [B, N, D] -> velocity [B, 16, F, H/8, W/8]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fw_model.config import ModelConfig, Preset, Stage
-from fw_model.model.attention import init_weights
-from fw_model.model.backbone import WanBackbone
+from fw_model.model.attention import Part, init_weights
+from fw_model.model.backbone import Conditioning, WanBackbone
 from fw_model.model.camera_head import CameraHead
 from fw_model.model.geometry import GeoDiT, LatentBridge, PoseEncoder, SpecialTokens
 from fw_model.model.heads import DPTHead, frames_of
 from fw_model.model.interaction import BiCrossAttention, CameraAdapter
+from fw_model.model.rope import Rotary, prepend_identity, rope_3d
 from fw_model.model.wan_weights import SPATIAL_STRIDE
 
 # Modules by what trains them. Names are prefixes of checkpoint keys.
@@ -172,6 +174,8 @@ class FantasyWorld(nn.Module):
         pose_BND = None if camera is None else self.pose_encoder(camera)
         with torch.set_grad_enabled(joined and torch.is_grad_enabled()):
             hidden_BND, cond = self.base.embed(latents, image_latents, timestep, text, image_features, camera)
+            if joined:  # what a gamma of 1e-5 adds would be rounded away in bfloat16
+                hidden_BND = hidden_BND.float()
             for i, adapter in enumerate(self.camera_adapters):
                 if joined and pose_BND is not None:
                     hidden_BND = adapter(hidden_BND, pose_BND)
@@ -183,15 +187,40 @@ class FantasyWorld(nn.Module):
         time = self.geodit.time_vectors(cond.time)
         rotary = self.geodit.rotary(cond.grid, self.tokens.count, hidden_BND.device)
         features: list[Tensor] = []
-        for i, (block, exchange) in enumerate(zip(self.geodit.blocks, self.interaction, strict=True)):
-            tokens_BGD = self._run(block, tokens_BGD, time, rotary, frames, pose_BND, pose_mask)
-            if joined:
-                hidden_BND = self._run(self.base.block, self.config.geometry.pcb_blocks + i, hidden_BND, cond)
-                hidden_BND, tokens_BGD = self._run(exchange, hidden_BND, tokens_BGD)
+        positions = self._exchange_positions(cond.grid, hidden_BND.device) if joined else None
+        for i, block in enumerate(self.geodit.blocks):
+            part: Part = None if positions is None else "attention"
+            tokens_BGD = self._run(block, tokens_BGD, time, rotary, frames, pose_BND, pose_mask, part)
+            if positions is not None:
+                hidden_BND = self._run(self.base.block, self.config.geometry.pcb_blocks + i, hidden_BND, cond, part)
+                second_half = partial(self._exchange_and_feed, i, time=time, rotary=rotary, cond=cond, positions=positions)
+                hidden_BND, tokens_BGD = self._run(second_half, hidden_BND, tokens_BGD)
             if i + 1 in self.config.geometry.head_layers:
                 features += [tokens_BGD] * self.config.geometry.head_layers.count(i + 1)
         velocity = self.base.head(hidden_BND, cond) if joined else None
         return self._decode(velocity, features, tokens_BGD, cond.grid)
+
+    def _exchange_positions(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Rotary, Rotary]:
+        """Of video tokens and of geometry tokens, in the width of the exchange's heads."""
+        width = self.config.geometry.cross_dim // self.config.geometry.cross_heads
+        video = rope_3d(width, grid, device)
+        return video, prepend_identity(video, grid[0], self.tokens.count)
+
+    def _exchange_and_feed(
+        self,
+        i: int,
+        hidden_BND: Tensor,
+        tokens_BGD: Tensor,
+        *,
+        time: Tensor,
+        rotary: Rotary,
+        cond: Conditioning,
+        positions: tuple[Rotary, Rotary],
+    ) -> tuple[Tensor, Tensor]:
+        """What follows the attention of pair i. Recomputed as one: two more tensors a pair would be kept otherwise."""
+        hidden_BND, tokens_BGD = self.interaction[i](hidden_BND, tokens_BGD, *positions)
+        hidden_BND = self.base.block(self.config.geometry.pcb_blocks + i, hidden_BND, cond, "feed_forward")
+        return hidden_BND, self.geodit.blocks[i](tokens_BGD, time, rotary, cond.grid[0], part="feed_forward")
 
     def _decode(
         self, velocity: Tensor | None, features: list[Tensor], tokens_BGD: Tensor, grid: tuple[int, int, int]

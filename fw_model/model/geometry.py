@@ -6,6 +6,7 @@ G = F*(S + h*w) geometry tokens, D = dim. Geometry tokens lie frame by frame: S 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fw_model.config import GeometryConfig, ModelConfig, WanConfig
-from fw_model.model.attention import Attention, TransformerLayer, feed_forward, fp32, zero_init
+from fw_model.model.attention import Attention, Part, TransformerLayer, feed_forward, fp32, zero_init
 from fw_model.model.backbone import WanBackbone
 from fw_model.model.rope import Rotary, prepend_identity, rope_3d, split_frames
 
@@ -91,9 +92,16 @@ class GeoDiTBlock(nn.Module):
         self.pose_adapter = nn.Linear(wan.dim, wan.dim)
 
     def forward(
-        self, tokens_BGD: Tensor, time: Tensor, rotary: Rotary, frames: int, pose_BND: Tensor | None, visible: Tensor | None
+        self,
+        tokens_BGD: Tensor,
+        time: Tensor,
+        rotary: Rotary,
+        frames: int,
+        pose_BND: Tensor | None = None,
+        visible: Tensor | None = None,
+        part: Part = None,
     ) -> Tensor:
-        """Run the block.
+        """Run the block, or one half of it: pose and both attentions, or the feed-forward.
 
         Args:
             tokens_BGD: geometry tokens.
@@ -102,21 +110,28 @@ class GeoDiTBlock(nn.Module):
             frames: F.
             pose_BND: pose tokens, added to the patch tokens through the adapter; None: no camera is known.
             visible: [B] bool, False hides a clip's pose tokens from this block; None: all are seen.
+            part: which half; None: both.
 
         Returns:
             tokens [B, G, D].
         """
-        if pose_BND is not None:
-            tokens_BGD = tokens_BGD + self._pose_shift(tokens_BGD, pose_BND, visible, frames)
         vectors = (self.modulation.float() + time).chunk(9, dim=1)
+        if part != "feed_forward":
+            if pose_BND is not None:
+                tokens_BGD = tokens_BGD + self._pose_shift(tokens_BGD, pose_BND, visible, frames)
+            tokens_BGD = self._attend(tokens_BGD, vectors, rotary, frames)
+        if part != "attention":
+            x_BGD = self.ffn(self._modulated(tokens_BGD, vectors[6], vectors[7]))
+            tokens_BGD = self._gated(tokens_BGD, x_BGD, vectors[8])
+        return tokens_BGD
+
+    def _attend(self, tokens_BGD: Tensor, vectors: Sequence[Tensor], rotary: Rotary, frames: int) -> Tensor:
         by_frame = self._modulated(tokens_BGD, vectors[0], vectors[1]).unflatten(1, (frames, -1)).flatten(0, 1)  # [B*F, G/F, D]
         by_frame = self.frame_attention(by_frame, split_frames(rotary, frames))
         x_BGD = by_frame.unflatten(0, (-1, frames)).flatten(1, 2)
         tokens_BGD = self._gated(tokens_BGD, x_BGD, vectors[2])
         x_BGD = self.global_attention(self._modulated(tokens_BGD, vectors[3], vectors[4]), rotary)
-        tokens_BGD = self._gated(tokens_BGD, x_BGD, vectors[5])
-        x_BGD = self.ffn(self._modulated(tokens_BGD, vectors[6], vectors[7]))
-        return self._gated(tokens_BGD, x_BGD, vectors[8])
+        return self._gated(tokens_BGD, x_BGD, vectors[5])
 
     def _pose_shift(self, tokens_BGD: Tensor, pose_BND: Tensor, visible: Tensor | None, frames: int) -> Tensor:
         shift_BND = self.pose_adapter(F.silu(pose_BND)).to(tokens_BGD.dtype)

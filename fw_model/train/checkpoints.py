@@ -25,7 +25,16 @@ from safetensors.torch import load_file, save_file
 from fw_model.config import Preset, Stage
 from fw_model.files import remove, whole_file, whole_folder, write_json
 from fw_model.train.ema import MovingAverage
-from fw_model.train.identity import FORMAT, FORMAT_VERSION, CheckpointError, CheckpointMetadata, flat, read_metadata
+from fw_model.train.identity import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_VERSION,
+    CheckpointError,
+    CheckpointMetadata,
+    check_model_version,
+    flat,
+    read_metadata,
+)
 from fw_model.train.optimizers import put_moments_back
 from fw_model.train.sharding import laid_out_as
 
@@ -50,7 +59,12 @@ def checkpoint_parameters(model: StagedModel, stage: Stage) -> dict[str, torch.n
 def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: CheckpointMetadata) -> None:
     """Write `tensors` as float32 with their metadata; the file appears whole or not at all."""
     fields = {**asdict(metadata), "preset": metadata.preset.model_dump_json()}
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **{k: str(v) for k, v in fields.items()}}
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "model_version": str(MODEL_VERSION),
+        **{k: str(v) for k, v in fields.items()},
+    }
     with _explained(path), whole_file(path) as temporary:
         _save_tensors(temporary, {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}, header)
 
@@ -150,7 +164,10 @@ def save_state(directory: Path, step: int, files: Mapping[str, Mapping[str, torc
     with _explained(final), whole_folder(final) as temporary:  # in place of one of the same step, if a run was stopped at it
         for name, tensors in files.items():
             _save_tensors(temporary / f"{name}.safetensors", dict(tensors))
-        write_json(temporary / "progress.json", {"format_version": FORMAT_VERSION, "step": step, **progress})
+        write_json(
+            temporary / "progress.json",
+            {"format_version": FORMAT_VERSION, "model_version": MODEL_VERSION, "step": step, **progress},
+        )
     states = sorted((s for s in directory.iterdir() if _STEP_FOLDER.fullmatch(s.name)), key=_step_of)
     for old in states[: max(0, len(states) - keep)]:
         remove(old)
@@ -168,7 +185,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def read_progress(state: Path) -> dict[str, Any]:
-    """The JSON of a state folder. Raises CheckpointError if it cannot be read."""
+    """The JSON of a state folder. Raises CheckpointError if it cannot be read or is of another model version."""
     path = state / "progress.json"
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
@@ -178,6 +195,7 @@ def read_progress(state: Path) -> dict[str, Any]:
         ) from error
     if progress.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {progress.get('format_version')}, this code reads {FORMAT_VERSION}")
+    check_model_version(state, progress)
     return progress
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from fw_model.errors import Explained
 
 FORMAT = "fantasyworld-checkpoint"
 FORMAT_VERSION = 1
+MODEL_VERSION = (
+    2  # raise it when the same weights no longer give the same numbers. 2: the exchange has positions, inside the pair
+)
 
 # Knobs that change what is watched, stored or how fast it goes, never what is learnt: a run may go on with other values.
 OPERATIONAL = {
@@ -77,6 +81,7 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
     if stage == "stage1":
         knobs |= {name: StageConfig.model_fields[name].default for name in STAGE2_ONLY}
     sections = {
+        "model_version": MODEL_VERSION,
         "base": preset.base.identity,
         "model": preset.model.model_dump(mode="json"),
         stage: knobs,
@@ -114,7 +119,7 @@ class CheckpointMetadata:
 def read_metadata(path: Path) -> CheckpointMetadata:
     """Read a checkpoint's header without its tensors; a file shorter than its header promises is noticed here.
 
-    Raises CheckpointError: no such file, truncated, not one of ours, or of a newer format.
+    Raises CheckpointError: no such file, truncated, not one of ours, of a newer format, or weights of another model version.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -129,6 +134,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
         raise CheckpointError(
             f"{path}: format version {header['format_version']}, this code reads up to {FORMAT_VERSION}; update the code"
         )
+    check_model_version(path, header)
     try:
         preset = parse_preset(json.loads(header["preset"]), where=str(path))
     except ConfigError as error:
@@ -144,6 +150,15 @@ def read_metadata(path: Path) -> CheckpointMetadata:
         base_hash=header.get("base_hash", ""),
         weights="ema" if header.get("weights") == "ema" else "trained",
     )
+
+
+def check_model_version(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless weights were trained in the model as this code builds it; without a version, they are 1."""
+    if (version := int(header.get("model_version", 1))) != MODEL_VERSION:
+        raise CheckpointError(
+            f"{path}: weights of model version {version}, this code builds version {MODEL_VERSION}, in which they would give "
+            "other numbers without a word. Train again, or read them with the code that made them"
+        )
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ SMALL = [
     *("clip.frames=5", "clip.short_side=32", "clip.long_side=48"),
     *("model.wan.dim=32", "model.wan.ffn_dim=32", "model.wan.num_heads=2", "model.wan.num_layers=4"),
     *("model.geometry.pcb_blocks=2", "model.geometry.head_layers=[1, 1, 2, 2]", "model.geometry.head_features=8"),
-    *("model.geometry.head_channels=[4, 4, 8, 8]", "model.geometry.camera_dim=32", "model.geometry.cross_dim=16"),
+    *("model.geometry.head_channels=[4, 4, 8, 8]", "model.geometry.camera_dim=32", "model.geometry.cross_dim=24"),
     *("clip.size=32x48", "clip.frames=5"),
 ]
 

@@ -60,6 +60,31 @@ def test_stage_1_never_runs_the_base_past_the_bridge_nor_the_exchange() -> None:
     assert output.velocity is None
 
 
+def test_the_branches_exchange_between_attention_and_feed_forward_of_both() -> None:
+    world, ran = small_world().set_stage("stage2"), []
+    block, own = world.base.transformer.blocks[3], world.geodit.blocks[1]
+    for name, module in (("video attention", block.attn2), ("video feed-forward", block.ffn), ("exchange", world.interaction[1])):
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    for name, module in (("geometry attention", own.global_attention), ("geometry feed-forward", own.ffn)):
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    world(**inputs())
+    assert ran.index("exchange") == 2
+    assert set(ran[:2]) == {"video attention", "geometry attention"}
+    assert set(ran[3:]) == {"video feed-forward", "geometry feed-forward"}
+
+
+def test_what_a_gamma_of_one_step_adds_is_not_rounded_away_beside_a_bfloat16_base() -> None:
+    """At a rate of 1e-5 a gamma is 1e-5 after a step; bfloat16 keeps three digits of the stream it is added to."""
+    world, streams = small_world().set_stage("stage2"), []
+    world.base.to(torch.bfloat16)
+    world.base.transformer.blocks[-1].norm3.register_forward_hook(lambda m, i, out: streams.append(i[0].clone()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        world(**inputs())
+        world.interaction[-1].gamma_video.fill_(1e-5)
+        world(**inputs())
+    assert ((streams[1] - streams[0]) != 0).float().mean() > 0.5
+
+
 def test_stage_1_runs_the_base_without_gradients() -> None:
     world, graphs = small_world(), []
     world.base.transformer.blocks[1].register_forward_hook(

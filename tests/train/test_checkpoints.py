@@ -52,6 +52,29 @@ def saved(folder: Path, preset: Preset, stage: Stage = "stage1") -> tuple[Path, 
     return path, model
 
 
+@pytest.mark.parametrize("version", [None, "1", "99"])
+def test_weights_of_another_model_version_are_refused_by_name(tmp_path: Path, preset: Preset, version: str | None) -> None:
+    path, model = saved(tmp_path, preset)
+    with safe_open(path, "pt") as file:
+        header = {**file.metadata(), "model_version": version or ""}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if version is None:
+        del header["model_version"]
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(CheckpointError, match=rf"step-7.safetensors: weights of model version {version or 1}, .*Train again"):
+        checkpoints.load_checkpoint(path, model, "stage1", preset)
+
+
+def test_a_state_of_another_model_version_is_refused_by_name(tmp_path: Path) -> None:
+    state = checkpoints.save_state(tmp_path, 3, {}, {}, keep=1)
+    progress = json.loads((state / "progress.json").read_text())
+    assert checkpoints.read_progress(state)["step"] == 3
+    del progress["model_version"]
+    (state / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(CheckpointError, match="step-3: weights of model version 1"):
+        checkpoints.read_progress(state)
+
+
 def test_checkpoint_holds_only_what_its_stage_trains(tmp_path: Path, preset: Preset) -> None:
     path, _ = saved(tmp_path, preset)
     with safe_open(path, "pt") as file:
