@@ -30,7 +30,7 @@ from fw_model.describe.step_trace import ClipSize, measured_peak, step_inputs, t
 from fw_model.model import heads
 from fw_model.model.backbone import WanBackbone
 from fw_model.model.fantasy_world import FantasyWorld
-from fw_model.train.losses import geometry_loss, geometry_losses
+from fw_model.train.losses import geometry_losses, total_loss
 
 GUIDE_SPEED_UP = 1.5  # asked of the stage 1 step against the guide's way
 Run = Callable[[], object]
@@ -96,7 +96,7 @@ def stage1_steps(config: ModelConfig, size: ClipSize) -> dict[str, Run]:
         optimizer = torch.optim.AdamW(world.trainable_parameters().values(), lr=1e-5, fused=True)
 
         def step() -> None:
-            geometry_loss(geometry_losses(world(**inputs), targets)).backward()
+            total_loss(geometry_losses(world(**inputs), targets)).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -17,6 +17,8 @@ from fw_model.errors import ConfigError
 from fw_model.preset_files import read_layers
 
 Stage = Literal["stage1", "stage2"]
+Dynamic = Literal["keep", "exclude"]
+TimestepChoice = Literal["shifted", "uniform", "mixed"]
 
 
 class Config(BaseModel):
@@ -259,8 +261,14 @@ class StageConfig(Config):
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile of every base and GeoDiT block
     sharding: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients and moments are shared out over the processes
+    timesteps: TimestepChoice = "shifted"  # as the base was trained; uniform in sigma; mixed: half of each
     text_dropout: float = Field(0.1, ge=0, le=1)  # chance that a clip is trained on with the empty prompt in place of its own
-    pose_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip's pose tokens reach the geometry branch
+    image_dropout: float = Field(0.1, ge=0, le=1)  # chance that its image latents are zeros
+    clip_dropout: float = Field(0.1, ge=0, le=1)  # chance that its CLIP features are zeros
+    camera_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip has a camera at all; else it must be seen
+    pose_probability: float = Field(0.5, ge=0, le=1)  # chance that a clip with a camera has pose tokens in the geometry branch
+    dynamic: Dynamic = "keep"  # exclude: things that move of themselves, where the dataset knows them, are in no dense loss
+    loss_quantile: float = Field(1.0, gt=0, le=1)  # depth and point errors above this quantile of their clip are left out
     lambda_geometry: float = Field(1.0, ge=0)  # weight of L_geo beside L_diff in stage 2
     camera_weight: float = Field(3.0, ge=0)
     train_geometry: bool = True  # stage 2 only: false trains the adapters and cross-attention alone, as the paper

@@ -163,14 +163,15 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     if not samples:
         raise ValueError("collate: no clips")
     first = samples[0]
+    names = [name for name in _TENSORS if name in first]  # not every dataset knows what moves of itself
     for sample in samples[1:]:
-        for name in _TENSORS:
+        for name in names:
             if sample[name].shape != first[name].shape:
                 raise ValueError(
                     f"collate: clips {first['clip_id']} and {sample['clip_id']} differ in {name}: "
                     f"{list(first[name].shape)} and {list(sample[name].shape)}"
                 )
-    stacked = {name: _stack([sample[name] for sample in samples]) for name in _TENSORS}
+    stacked = {name: _stack([sample[name] for sample in samples]) for name in names}
     return Batch(clip_ids=[sample["clip_id"] for sample in samples], **stacked)
 
 

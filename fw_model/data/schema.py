@@ -57,6 +57,7 @@ class Batch:
     depth: torch.Tensor  # [B, T, H, W], 0 = invalid
     intrinsics: torch.Tensor  # [B, T, 3, 3]
     w2c: torch.Tensor  # [B, T, 3, 4]
+    dynamic: torch.Tensor | None = None  # [B, T, H, W] bool, moves of itself; None: the dataset does not know
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -68,7 +69,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, in float32: half the bytes travel, and are widened there."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True).float())
+        return self._each(lambda tensor: _widened(tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> Batch:
         """What a DataLoader with `pin_memory` asks for."""
@@ -77,6 +78,10 @@ class Batch:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Batch(clip_ids=self.clip_ids, **changed)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def bucket_of(record: ClipRecord) -> str:

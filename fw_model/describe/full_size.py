@@ -18,7 +18,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,7 +29,9 @@ from fw_model.describe.memory_plan import OptimizerChoice, choose_optimizer
 from fw_model.describe.step_trace import ClipSize, compute_in_float32, step_inputs, store_in_bfloat16, trace_step
 from fw_model.errors import explain_errors
 from fw_model.model.fantasy_world import FantasyWorld
-from fw_model.train.losses import diffusion_loss, geometry_loss, geometry_losses
+from fw_model.train.flow import diffusion_loss
+from fw_model.train.losses import geometry_losses, total_loss
+from fw_model.train.optimizers import decayed, make_optimizer
 
 LIMIT_GIB = 20.0
 SIZE = ClipSize(frames=5, height=64, width=96)
@@ -42,11 +44,11 @@ class AdamWInBackward:
     gradient norm is never known, so it cannot be clipped. `close` takes the hooks off.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float) -> None:
         self._optimizers: dict[nn.Parameter, torch.optim.AdamW] = {}
         self._hooks = []
-        for p in parameters:
-            decay = weight_decay if p.ndim >= 2 else 0.0
+        for name, p in parameters.items():
+            decay = weight_decay if decayed(name, p) else 0.0
             self._optimizers[p] = torch.optim.AdamW([p], lr=learning_rate, weight_decay=decay, fused=True)
             self._hooks.append(p.register_post_accumulate_grad_hook(self._update))
 
@@ -64,24 +66,25 @@ def take_step(world: FantasyWorld, preset: Preset, stage: Stage, choice: Optimiz
     """One optimizer step of a stage on a made clip; returns the loss before it."""
     config = preset.stage(stage)
     world.set_stage(stage).enable_gradient_checkpointing()
-    parameters = list(world.trainable_parameters().values())
+    parameters = world.trainable_parameters()
     inputs, targets = step_inputs(preset.model.wan, size)
     in_backward = None
     if choice == "adamw in backward":
         in_backward = AdamWInBackward(parameters, config.learning_rate, config.weight_decay)
     output = world(**inputs)
-    loss = geometry_loss(geometry_losses(output, targets), config.camera_weight)
+    losses = geometry_losses(output, targets)
     if output.velocity is not None:
         latents = inputs["latents"]
-        loss = loss + diffusion_loss(output.velocity, torch.randn_like(latents), latents, inputs["timestep"])
-    del output
+        losses["diffusion_loss"] = diffusion_loss(output.velocity, torch.randn_like(latents), latents, inputs["timestep"])
+    loss = total_loss(losses, config.camera_weight, config.lambda_geometry)
+    del output, losses
     loss.backward()
     if in_backward is not None:
         in_backward.close()
         return float(loss.detach())
-    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True).step()
-    for parameter in parameters:
+    nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+    make_optimizer(parameters, config.model_copy(update={"optimizer": "adamw", "offload_optimizer": False})).step()
+    for parameter in parameters.values():
         parameter.grad = None
     return float(loss.detach())
 

@@ -27,7 +27,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from fw_model.config import ModelConfig, Stage, WanConfig
 from fw_model.model.backbone import WanBackbone
 from fw_model.model.fantasy_world import FantasyWorld, check_clip_size
-from fw_model.train.losses import Targets, diffusion_loss, geometry_loss, geometry_losses
+from fw_model.train.flow import diffusion_loss
+from fw_model.train.losses import Targets, geometry_losses, total_loss
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,14 @@ def trace_step(
             inputs, targets = step_inputs(config.wan, size)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and not float32_products):
                 output = world(**inputs)
-            loss = geometry_loss(geometry_losses(output, targets))
+            losses = geometry_losses(output, targets)
             if output.velocity is not None:
                 latents = inputs["latents"]
-                loss = loss + diffusion_loss(output.velocity, torch.empty_like(latents), latents, inputs["timestep"])
+                noise = torch.empty_like(latents)
+                losses["diffusion_loss"] = diffusion_loss(output.velocity, noise, latents, inputs["timestep"])
+            loss = total_loss(losses)
             forward = meter.flops
-            del output
+            del output, losses
             loss.backward()
         return StepTrace(
             weights=weights,

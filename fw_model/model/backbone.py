@@ -244,8 +244,11 @@ class WanBackbone(nn.Module):
         text: Tensor,
         image_features: Tensor,
         camera: Tensor | None,
+        camera_mask: Tensor | None = None,
     ) -> tuple[Tensor, Conditioning]:
         """Inputs as for `forward` -> (tokens [B, N, D], conditioning of every block).
+
+        `camera_mask` [B] bool: False embeds that clip as without a camera; None: all have theirs.
 
         Raises:
             ValueError: shapes that do not go together.
@@ -256,7 +259,10 @@ class WanBackbone(nn.Module):
         grid = (x.shape[2], x.shape[3], x.shape[4])
         hidden_BND = x.flatten(2).transpose(1, 2)
         if camera is not None:
-            hidden_BND = hidden_BND + self.control_adapter(camera.to(dtype))
+            control_BND = self.control_adapter(camera.to(dtype))
+            if camera_mask is not None:
+                control_BND = control_BND * camera_mask.to(control_BND.dtype).view(-1, 1, 1)
+            hidden_BND = hidden_BND + control_BND
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
         embedder = model.condition_embedder
         context = torch.cat([embedder.image_embedder(image_features.to(dtype)), embedder.text_embedder(text.to(dtype))], dim=1)

@@ -78,11 +78,11 @@ class FantasyWorld(nn.Module):
         self.set_stage("stage1")
 
     @classmethod
-    def from_preset(cls, preset: Preset) -> FantasyWorld:
+    def from_preset(cls, preset: Preset, stage: Stage = "stage1") -> FantasyWorld:
         """Load or make the base as `preset.base` says, build the rest and start it from the base.
 
-        The same preset gives the same weights; torch's global random state is neither read nor changed. New weights are
-        float32, the base keeps the dtype it is stored in.
+        The same preset gives the same weights, drawn by the seed of `stage`; torch's global random state is neither read nor
+        changed. New weights are float32, the base keeps the dtype it is stored in.
 
         Raises:
             BaseModelError: the base is missing (says what to download) or another model (says which).
@@ -96,7 +96,7 @@ class FantasyWorld(nn.Module):
             model = cls(preset.model, base)
         for name in GEOMETRY_MODULES + INTERACTION_MODULES:
             model.get_submodule(name).to_empty(device="cpu")
-        model.initialise(preset.base.seed)
+        model.initialise(preset.stage(stage).seed)
         return model
 
     @torch.no_grad()
@@ -157,6 +157,7 @@ class FantasyWorld(nn.Module):
         camera: Tensor | None,
         *,
         pose_mask: Tensor | None = None,
+        camera_mask: Tensor | None = None,
     ) -> FantasyWorldOutput:
         """Run one denoising step of the video together with its geometry.
 
@@ -165,6 +166,7 @@ class FantasyWorld(nn.Module):
             camera: [B, 24, F, H, W] control latents, or None for no camera.
             pose_mask: [B] bool; False keeps that clip's pose tokens from the geometry branch. They reach the base's
                 control adapter and the stage-2 camera adapters in any case. None: all are seen.
+            camera_mask: [B] bool; False runs that clip as if `camera` were None. None: all have their camera.
 
         Raises:
             ValueError: shapes that do not fit; names the nearest sizes that do.
@@ -172,13 +174,15 @@ class FantasyWorld(nn.Module):
         check_clip_size(frames_of(latents.shape[2]), latents.shape[-2] * SPATIAL_STRIDE, latents.shape[-1] * SPATIAL_STRIDE)
         joined = self.stage == "stage2"
         pose_BND = None if camera is None else self.pose_encoder(camera)
+        if camera_mask is not None:
+            pose_mask = camera_mask if pose_mask is None else pose_mask & camera_mask
         with torch.set_grad_enabled(joined and torch.is_grad_enabled()):
-            hidden_BND, cond = self.base.embed(latents, image_latents, timestep, text, image_features, camera)
+            hidden_BND, cond = self.base.embed(latents, image_latents, timestep, text, image_features, camera, camera_mask)
             if joined:  # what a gamma of 1e-5 adds would be rounded away in bfloat16
                 hidden_BND = hidden_BND.float()
             for i, adapter in enumerate(self.camera_adapters):
                 if joined and pose_BND is not None:
-                    hidden_BND = adapter(hidden_BND, pose_BND)
+                    hidden_BND = adapter(hidden_BND, pose_BND, camera_mask)
                 hidden_BND = self._run(self.base.block, i, hidden_BND, cond)
 
         frames = cond.grid[0]

@@ -65,9 +65,10 @@ class CameraAdapter(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, dim)
 
-    def forward(self, hidden: Tensor, pose: Tensor) -> Tensor:
-        """hidden [B, N, D], pose tokens [B, N, D] -> hidden."""
-        return hidden + self.linear(F.silu(pose)).to(hidden.dtype)
+    def forward(self, hidden: Tensor, pose: Tensor, visible: Tensor | None = None) -> Tensor:
+        """hidden [B, N, D], pose tokens [B, N, D] -> hidden; `visible` [B] bool: False leaves that clip as it is."""
+        shift = self.linear(F.silu(pose)).to(hidden.dtype)
+        return hidden + (shift if visible is None else shift * visible.to(shift.dtype).view(-1, 1, 1))
 
     def reset(self) -> None:
         """Make the shift exactly zero."""

@@ -36,18 +36,23 @@ def check_optimizer(config: StageConfig, device: torch.device) -> None:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: StageConfig) -> torch.optim.Optimizer:
-    """The configured AdamW; biases, norms and gates are not decayed. See `check_optimizer` for where it can run.
+    """The configured AdamW; what is not `decayed` keeps its size. See `check_optimizer` for where it can run.
 
     Fused: one kernel a step, without the temporaries of torch's default, which are as large as all gradients.
     """
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices = [p for name, p in parameters.items() if decayed(name, p)]
+    rest = [p for name, p in parameters.items() if not decayed(name, p)]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=config.learning_rate)
     return (OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
+
+
+def decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to the matrices of layers, not to biases, norms, gates, tokens and modulation vectors."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] == "weight"
 
 
 class OffloadedAdamW(torch.optim.AdamW):

@@ -134,7 +134,7 @@ def build_run(
     if stage1_checkpoint is not None:
         check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
 
-    model = FantasyWorld.from_preset(preset)
+    model = FantasyWorld.from_preset(preset, stage)
     if stage1_checkpoint is not None:
         load_checkpoint(stage1_checkpoint, model, "stage1", preset)
     wrapped = place(model, stage, config, accelerator)

@@ -15,7 +15,9 @@ from fw_model.describe.memory_plan import choose_optimizer, make_plans, static_b
 from fw_model.describe.step_trace import ClipSize, StepTrace, compute_in_float32, measured_peak, step_inputs, trace_step
 from fw_model.model.backbone import WanBackbone
 from fw_model.model.fantasy_world import FantasyWorld
-from fw_model.train.losses import diffusion_loss, geometry_loss, geometry_losses
+from fw_model.train.flow import diffusion_loss
+from fw_model.train.losses import geometry_losses, total_loss
+from fw_model.train.optimizers import make_optimizer
 from tests.helpers.small_model import SMALL, inputs, small_world
 
 # The full model's proportions at a quarter of its width and a third of its depth.
@@ -94,11 +96,12 @@ def test_traced_peak_is_the_measured_one_within_20_percent(name: str, stage: Sta
     def step() -> None:
         batch, targets = step_inputs(config.wan, size)
         output = world(**batch)
-        loss = geometry_loss(geometry_losses(output, targets))
+        losses = geometry_losses(output, targets)
         if output.velocity is not None:
             noise = torch.randn_like(batch["latents"])
-            loss = loss + diffusion_loss(output.velocity, noise, batch["latents"], batch["timestep"])
-        del output
+            losses["diffusion_loss"] = diffusion_loss(output.velocity, noise, batch["latents"], batch["timestep"])
+        loss = total_loss(losses)
+        del output, losses
         loss.backward()
 
     peak = measured_peak(step)
@@ -161,20 +164,19 @@ def test_the_update_moves_into_the_backward_pass_only_when_it_must() -> None:
 def test_adamw_in_the_backward_pass_is_adamw_and_leaves_no_gradients() -> None:
     """Three steps; the reference is torch's optimizer over all tensors at once, with the training's decay groups."""
     worlds = [small_world().set_stage("stage2") for _ in range(2)]
-    groups = [list(world.trainable_parameters().values()) for world in worlds]
-    matrices, vectors = [p for p in groups[0] if p.ndim >= 2], [p for p in groups[0] if p.ndim < 2]
-    decay = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    reference = torch.optim.AdamW(decay, lr=1e-3, fused=True)
+    groups = [world.trainable_parameters() for world in worlds]
+    config = load_preset("tiny", ["stage2.learning_rate=1e-3", "stage2.weight_decay=0.01"]).stage2
+    reference = make_optimizer(groups[0], config)
     in_backward = AdamWInBackward(groups[1], 1e-3, 0.01)
     for _ in range(3):
         for world in worlds:
             output = world(**inputs(frames=2))
             assert output.velocity is not None
             (output.depth.mean() + output.points.square().mean() + output.velocity.square().mean()).backward()
-        assert all(p.grad is None for p in groups[1])
+        assert all(p.grad is None for p in groups[1].values())
         reference.step()
         reference.zero_grad()
-    for expected, got in zip(*groups, strict=True):
+    for expected, got in zip(*(group.values() for group in groups), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     in_backward.close()
     worlds[1](**inputs(frames=2)).depth.mean().backward()

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from fw_model.config import Stage
 from fw_model.model.fantasy_world import (
     FantasyWorldOutput,
 )
@@ -49,6 +50,19 @@ def test_the_camera_head_reads_the_camera_token_of_every_latent_frame() -> None:
     world.camera_head.register_forward_pre_hook(lambda m, i: seen.update(read=i[0]))
     run(world, "stage1")
     assert torch.equal(seen["read"], seen["tokens"].unflatten(1, (3, -1))[:, :, 0])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_clip_whose_camera_is_masked_runs_as_without_one(stage: Stage) -> None:
+    world = open_gates(small_world()).set_stage(stage)
+    both = inputs(batch=2)
+    with torch.no_grad():
+        masked = world(**both, camera_mask=torch.tensor([True, False]))
+        given, without = world(**both), world(**{**both, "camera": None})
+    for got, first, second in zip(geometry(masked), geometry(given), geometry(without), strict=True):
+        torch.testing.assert_close(got[0], first[0], atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(got[1], second[1], atol=2e-4, rtol=2e-4)
+        assert not torch.allclose(got[1], first[1], atol=1e-3)
 
 
 def test_hidden_poses_do_not_reach_the_geometry_and_visible_ones_do() -> None:

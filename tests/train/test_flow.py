@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fw_model.train.losses import (
+from fw_model.config import TimestepChoice, load_preset
+from fw_model.train.flow import (
     FlowSchedule,
     diffusion_loss,
 )
@@ -80,3 +81,20 @@ def test_diffusion_loss_is_float32_under_autocast() -> None:
         loss = diffusion_loss(velocity, noise, latents, timestep)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, diffusion_loss(velocity.float(), noise, latents, timestep))
+
+
+@pytest.mark.parametrize(("choice", "low", "high"), [("shifted", 0.02, 0.56), ("uniform", 0.10, 0.20), ("mixed", 0.06, 0.38)])
+def test_the_choice_of_timesteps_decides_how_much_noise_is_drawn(choice: TimestepChoice, low: float, high: float) -> None:
+    """Shares of draws at sigma <= 0.1, where geometry is read, and above 0.8."""
+    sigma = FlowSchedule().sample(20_000, torch.Generator().manual_seed(0), choice) / 1000
+    assert float((sigma <= 0.1).float().mean()) == pytest.approx(low, abs=0.01)
+    assert float((sigma > 0.8).float().mean()) == pytest.approx(high, abs=0.015)
+    assert sigma.min() > 0
+    assert sigma.max() <= 1
+
+
+def test_stage_1_of_every_preset_sees_little_noise_and_clips_without_cameras() -> None:
+    for name in ("tiny", "wan2.1-fun-1.3b"):
+        preset = load_preset(name)
+        assert (preset.stage1.timesteps, preset.stage1.camera_probability) == ("mixed", 0.5)
+        assert (preset.stage2.timesteps, preset.stage2.camera_probability) == ("shifted", 1)

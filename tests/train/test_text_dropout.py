@@ -54,6 +54,40 @@ def test_the_configured_share_of_clips_is_trained_on_with_the_empty_prompt(datas
     assert objective.validation_draws(batch, 0, 0, 1).text_mask.all()
 
 
+@pytest.mark.parametrize(
+    ("knob", "mask"), [("image_dropout", "image_mask"), ("clip_dropout", "clip_mask"), ("camera_probability", "camera_mask")]
+)
+def test_the_configured_share_of_clips_is_trained_without_image_features_or_camera(dataset: Path, knob: str, mask: str) -> None:
+    batch, config = thin(dataset), small_preset(f"stage1.{knob}=0.25").stage1
+    draws = [objective.training_draws(batch, config, step, 0) for step in range(400)]
+    share = sum(float(getattr(d, mask)) for d in draws) / 400
+    expected = 0.25 if knob == "camera_probability" else 0.75
+    assert share == pytest.approx(expected, abs=0.07)
+    other = objective.training_draws(batch, small_preset(f"stage1.{knob}=0").stage1, 7, 0)
+    for name in set(vars(other)) - {mask}:  # the knob moves no other draw
+        assert torch.equal(getattr(other, name), getattr(draws[7], name))
+
+
+def test_a_clip_without_image_is_asked_for_as_the_base_is_with_a_prompt_alone(dataset: Path) -> None:
+    batch, seen = collate([ClipDataset(dataset, "val", 32)[0]]).to("cpu"), {}
+
+    def model(
+        noisy: torch.Tensor, image: torch.Tensor, time: torch.Tensor, text: torch.Tensor, features: torch.Tensor, *_, **masks
+    ):
+        seen.update(image=image, features=features, **masks)
+
+    draws = objective.fixed_draws(batch, 500.0, torch.Generator())
+    objective.predict(model, batch, draws)
+    assert torch.equal(seen["image"][:, :, 0], batch.latents[:, :, 0])
+    assert torch.equal(seen["features"], batch.image)
+    for mask in ("image_mask", "clip_mask", "camera_mask"):
+        getattr(draws, mask)[:] = False
+    objective.predict(model, batch, draws)
+    assert not seen["image"].any()
+    assert not seen["features"].any()
+    assert not seen["camera_mask"].any()
+
+
 def test_the_empty_prompts_own_embedding_takes_the_place(dataset: Path) -> None:
     clips = ClipDataset(dataset, "train", 32)
     batch, empty = collate([clips[0], clips[0]]), clips.empty_text()
