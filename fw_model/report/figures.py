@@ -21,6 +21,7 @@ from fw_model.metrics import Array, Sim3, align_sim3, camera_centres
 from fw_model.train.metrics_log import read_metrics
 
 COLORMAP = "turbo"
+_CURVES = ("_loss", "total")
 TRUTH_COLOR, PREDICTION_COLOR = "#1f2937", "#e8590c"
 _UNKNOWN = (222, 226, 230)  # pixels without a value
 _MAX_THUMBNAIL = 60_000
@@ -112,12 +113,15 @@ def loss_curve_png(metrics: Path) -> bytes:
 
 
 def loss_curves(metrics: Path) -> dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]]:
-    """Loss name -> (training points, validation points), each (step, value), in the order the names are logged."""
+    """Loss name -> (training points, validation points), each (step, value), in the order the names are logged.
+
+    Of the losses that are minimised; what they are made of, and validation's single bands, stay in the file.
+    """
     curves: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
     for line in read_metrics(metrics):
         for key, value in line.items():
             kind, _, name = key.partition("/")
-            if kind in ("loss", "val") and math.isfinite(value):
+            if kind in ("loss", "val") and name.endswith(_CURVES) and "/" not in name and math.isfinite(value):
                 curves.setdefault(name, ([], []))[kind == "val"].append((line["step"], value))
     return curves
 

@@ -26,7 +26,7 @@ from fw_model.report.figures import (
     strip_png,
 )
 from fw_model.train.checkpoints import CheckpointMetadata
-from fw_model.train.objective import TARGETS
+from fw_model.train.objective import LOSS_NAMES, TARGETS
 
 _FRAMES = 6
 _ERROR_MAP = "magma"
@@ -40,6 +40,11 @@ class _Column(NamedTuple):
     digits: int
 
 
+_CASES = {  # by what stands in the names of `validation.validate`
+    "given": "the clip's camera given to the base",
+    "withheld": "no camera given",
+    "other": "another clip's camera given",
+}
 _COLUMNS = {  # by metric
     "absrel": _Column("AbsRel", " ↓", "mean |s·p − d| / d over valid pixels, one scale s per clip", 3),
     "delta125": _Column("δ < 1.25", " ↑", "share of valid pixels within 25 %, one scale per clip", 3),
@@ -70,6 +75,7 @@ def page(data: ReportData) -> str:
         split=data.split,
         timestep=data.timestep,
         losses=_losses(data),
+        camera_cases=_camera_cases(data),
         columns=list(_COLUMNS.values()),
         clips=[_clip(clip) for clip in data.clips],
         means=_cells(_means(data.clips)),
@@ -94,11 +100,36 @@ def _facts(data: ReportData) -> dict[str, str]:
 
 
 def _losses(data: ReportData) -> list[dict[str, Any]] | None:
-    """Validation losses before and after, each with the guide's target where it has one; None while a run is not complete."""
+    """Validation losses before and after, each with a constant's and the guide's target where there is one.
+
+    A target is met only by a model that beats the constant. None while a run is not complete.
+    """
     if data.validation is None:
         return None
     before, after = data.validation["before"], data.validation["after"]
-    return [{"name": name, "before": before[name], "after": after[name], "target": TARGETS.get(name)} for name in after]
+    return [
+        {
+            "name": name,
+            "before": before[name],
+            "after": after[name],
+            "constant": after.get(f"constant/{name}"),
+            "target": TARGETS.get(name),
+            "met": name in TARGETS and after[name] < min(TARGETS[name], after[f"constant/{name}"]),
+        }
+        for name in LOSS_NAMES[data.metadata.stage]
+    ]
+
+
+def _camera_cases(data: ReportData) -> list[dict[str, Any]] | None:
+    """What the cameras are worth with the true one given to the base, withheld, and another clip's; after training."""
+    if data.validation is None:
+        return None
+    after = data.validation["after"]
+    gap = after["camera_withheld/degrees"] - after["camera_given/degrees"]
+    cases = [(words, f"camera_{case}/loss", f"camera_{case}/degrees") for case, words in _CASES.items()]
+    cases.append(("a camera that stands still", "constant/camera_loss", "constant/degrees"))
+    rows = [{"name": words, "loss": after[loss], "degrees": after[turn]} for words, loss, turn in cases if loss in after]
+    return [*rows, {"name": "gap between given and withheld", "loss": None, "degrees": gap}]
 
 
 def _means(clips: list[ClipResult]) -> dict[str, float]:

@@ -228,6 +228,14 @@ def camera_errors(encoding: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def rotation_degrees(encoding: Tensor, target: Tensor) -> Tensor:
+    """Mean angle between the rotations of two encodings [B, T, 9]; a scalar. Exact near 0, unlike an arccos."""
+    a, b = (F.normalize(wide(x)[..., 3:7], dim=-1) for x in (encoding, target))
+    b = torch.where((a * b).sum(-1, keepdim=True) >= 0, b, -b)
+    return torch.rad2deg(4 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))).mean()
+
+
+@torch.no_grad()
 def _quantiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Of each clip's masked values [B, ...], one [B] per share, by nearest rank; infinite where a mask is empty.
 

@@ -52,7 +52,8 @@ def run_training(
     result = plan.result()
     if result is None:
         raise TrainingError(f"{stage}: training ended without {plan.output / 'result.json'}", "Launch the job again to resume it")
-    losses = {f"{name} {when}": value for when in ("before", "after") for name, value in result["validation"][when].items()}
+    found = result["validation"]
+    losses = {f"{name} {when}": value for when in ("before", "after") for name, value in found[when].items() if "/" not in name}
     return dg.MaterializeResult(
         metadata={
             "checkpoint": dg.MetadataValue.path(str(plan.output / result["checkpoint"])),

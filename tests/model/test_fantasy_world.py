@@ -16,6 +16,7 @@ from fw_model.model.fantasy_world import (
     FantasyWorld,
     check_clip_size,
 )
+from fw_model.train.optimizers import decayed
 from tests.helpers.small_model import SMALL_WAN, geometry, inputs, open_gates, run, scalar, small_world
 
 STAGES: list[Stage] = ["stage1", "stage2"]
@@ -296,11 +297,28 @@ def test_the_same_preset_gives_the_same_weights_and_leaves_the_random_state_alon
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_another_seed_gives_other_weights(tiny: Preset) -> None:
-    other = tiny.model_copy(update={"base": tiny.base.model_copy(update={"seed": 1})})
-    first, second = (FantasyWorld.from_preset(preset).state_dict() for preset in (tiny, other))
-    for name in ("bridge.layers.0.ffn.0.weight", "base.transformer.proj_out.weight", "tokens.camera"):
-        assert not torch.equal(first[name], second[name])
+def test_another_seed_of_the_base_gives_another_base_and_of_the_stage_other_new_weights(tiny: Preset) -> None:
+    def seeded(base: int = 0, stage1: int = 0, stage2: int = 0) -> Preset:
+        return load_preset("tiny", [f"base.seed={base}", f"stage1.seed={stage1}", f"stage2.seed={stage2}"])
+
+    first = FantasyWorld.from_preset(tiny).state_dict()
+    base, stage, other = (FantasyWorld.from_preset(p).state_dict() for p in (seeded(base=1), seeded(1, 1), seeded(stage2=1)))
+    assert not torch.equal(first["base.transformer.proj_out.weight"], base["base.transformer.proj_out.weight"])
+    for name in ("bridge.layers.0.ffn.0.weight", "tokens.camera"):
+        assert torch.equal(first[name], base[name])
+        assert not torch.equal(first[name], stage[name])
+        assert torch.equal(first[name], other[name])
+    second = FantasyWorld.from_preset(seeded(stage2=1), "stage2").state_dict()
+    assert not torch.equal(first["interaction.0.q.weight"], second["interaction.0.q.weight"])
+
+
+def test_only_matrices_of_layers_are_decayed() -> None:
+    world = small_world().set_stage("stage2")
+    kept = {name for name, p in world.trainable_parameters().items() if not decayed(name, p)}
+    tables = {"tokens.camera", "tokens.registers", *(f"geodit.blocks.{i}.modulation" for i in range(4))}
+    assert tables <= kept
+    assert {name for name in kept if world.get_parameter(name).ndim >= 2} == tables
+    assert "geodit.blocks.0.ffn.0.weight" not in kept
 
 
 def test_every_new_weight_is_given_a_starting_value() -> None:

@@ -110,13 +110,13 @@ def test_knobs_that_exclude_each_other_are_refused(knobs: dict[str, Any]) -> Non
 
 
 def test_only_matrices_are_decayed() -> None:
-    weights = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
+    weights = {"layer.weight": torch.nn.Parameter(torch.ones(2, 2)), "layer.bias": torch.nn.Parameter(torch.ones(2))}
     optimizer = optimizers.make_optimizer(weights, config_of(learning_rate=0.1, weight_decay=0.5))
     for parameter in weights.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    assert torch.allclose(weights["matrix"], torch.tensor(0.95))
-    assert torch.equal(weights["bias"], torch.ones(2))
+    assert torch.allclose(weights["layer.weight"], torch.tensor(0.95))
+    assert torch.equal(weights["layer.bias"], torch.ones(2))
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported() -> None:
@@ -150,8 +150,11 @@ def test_moving_average_is_saved_and_is_what_is_validated(dataset: Path, tmp_pat
 
 
 def test_adamw_is_fused_and_goes_on_from_the_state_of_the_plain_one() -> None:
-    weights = {"a": torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7)), "b": torch.nn.Parameter(torch.ones(3))}
-    plain = torch.optim.AdamW([{"params": [weights["a"]]}, {"params": [weights["b"]], "weight_decay": 0.0}], lr=0.1)
+    weights = {
+        "a.weight": torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7)),
+        "b.bias": torch.nn.Parameter(torch.ones(3)),
+    }
+    plain = torch.optim.AdamW([{"params": [weights["a.weight"]]}, {"params": [weights["b.bias"]], "weight_decay": 0.0}], lr=0.1)
     for knobs in ({}, {"offload_optimizer": True}):
         fused = optimizers.make_optimizer(weights, config_of(learning_rate=0.1, **knobs))
         assert fused.defaults["fused"]
