@@ -112,8 +112,8 @@ class ModelConfig(Config):
 
 
 ENCODING_VERSIONS = {
-    "vae": 1,
-    "text": 1,
+    "vae": 2,  # pixels are scaled in float32
+    "text": 2,  # prompts are cleaned of white space
     "image": 1,
 }  # raise one when `fw_model.model.encoders` computes its features differently
 

@@ -77,16 +77,22 @@ class Encoders:
         image alone and is that image's own latent.
         """
         video = torch.from_numpy(frames).to(self.vae.device).permute(3, 0, 1, 2)[None]
-        video = video.to(self.vae.dtype) / 127.5 - 1.0
-        latents = self.vae.encode(video).latent_dist.mode().float()
+        video = video.float() / 127.5 - 1.0  # bfloat16 would round a pixel twice, before and after the division
+        latents = self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode().float()
         mean = torch.tensor(self.vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
         std = torch.tensor(self.vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
         return ((latents - mean) / std)[0].half().cpu().numpy()
 
     @_one_at_a_time
     def encode_text(self, prompt: str) -> np.ndarray:
-        """Prompt -> UMT5 embedding [L, D] float16 of its L real tokens (the base pads with zeros to `text_len`)."""
-        tokens = self.tokenizer(prompt, truncation=True, max_length=self.text_len, return_tensors="pt").to(self.text.device)
+        """Prompt -> UMT5 embedding [L, D] float16 of its L real tokens (the base pads with zeros to `text_len`).
+
+        Runs of white space count as one space, none at the ends, as the base's own prompter does.
+        """
+        clean = " ".join(prompt.split())
+        tokens = self.tokenizer(clean, truncation=True, max_length=self.text_len, return_tensors="pt").to(
+            self.text.device
+        )
         hidden = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return hidden[0].float().half().cpu().numpy()
 
@@ -119,7 +125,22 @@ def _load(config: EncodersConfig, dtype: torch.dtype) -> dict[str, Any]:
             f"  hf download {repo} --include 'vae/*' 'text_encoder/*' 'tokenizer/*' 'image_encoder/*'\n"
             f"or set encoders.weights.repo to a local folder that holds them. To run without any download use the preset 'tiny'."
         ) from error
+    check_embeddings(text, repo)
     return {"vae": vae, "text": text, "tokenizer": tokenizer, "image": image, "image_size": image.config.image_size}
+
+
+def check_embeddings(text: Any, where: str) -> None:
+    """Raise EncoderError unless a loaded UMT5 encoder reads the table of embeddings that its file holds.
+
+    The published file stores it once, as `shared`. transformers 5.0 to 5.2 leave the encoder's own uninitialised when the file's
+    configuration does not tie the two, and embeddings would mean nothing.
+    """
+    read, stored = text.encoder.embed_tokens.weight, text.shared.weight
+    if not torch.equal(read, stored) or not read.any():
+        raise EncoderError(
+            f"encoders: the text encoder of {where!r} does not read the embeddings that its weights hold (encoder.embed_tokens "
+            "is not shared). Install the transformers that pyproject.toml asks for: pip install -e '.[dev]'"
+        )
 
 
 def _make(config: EncodersConfig) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """The encoders give the DiT's inputs in the shapes and with the causality that the model relies on."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from fw_model.config import EncodersConfig, WeightsConfig, load_preset
 from fw_model.errors import EncoderError
-from fw_model.model.encoders import Encoders
+from fw_model.model.encoders import Encoders, check_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,45 @@ def test_made_encoders_are_the_same_everywhere_and_leave_the_global_generator_al
 
 def test_latents_have_unit_order_of_magnitude(encoders: Encoders, frames: np.ndarray) -> None:
     assert 0.3 < encoders.encode_video(frames).astype(np.float32).std() < 3
+
+
+def test_white_space_does_not_change_a_prompt(encoders: Encoders) -> None:
+    clean = encoders.encode_text("a room, seen from a camera")
+    np.testing.assert_array_equal(encoders.encode_text("  a room,\n\tseen  from a camera "), clean)
+
+
+def test_pixels_are_scaled_in_float32(encoders: Encoders) -> None:
+    """In bfloat16 x / 127.5 - 1 is off by up to a grey level for a third of the levels."""
+    seen: list[torch.Tensor] = []
+
+    class Vae:
+        device, dtype, config = torch.device("cpu"), torch.bfloat16, encoders.vae.config
+
+        def encode(self, video: torch.Tensor) -> None:
+            seen.append(video)
+            raise InterruptedError
+
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    with pytest.raises(InterruptedError):
+        replace(encoders, vae=Vae()).encode_video(levels)
+    exact = torch.from_numpy(levels[0, ..., 0]).float() / 127.5 - 1
+    assert torch.equal(seen[0][0, 0, 0], exact.bfloat16())
+    assert not torch.equal(torch.from_numpy(levels[0, ..., 0]).bfloat16() / 127.5 - 1, exact.bfloat16())
+
+
+def test_a_text_encoder_that_does_not_read_its_embeddings_is_refused(encoders: Encoders, tmp_path: Path) -> None:
+    """As transformers 5.0 to 5.2 load the published file, whose configuration does not tie them."""
+    encoders.text.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = type(encoders.text).from_pretrained(tmp_path)
+    check_embeddings(loaded, "here")
+    loaded.encoder.embed_tokens = torch.nn.Embedding.from_pretrained(torch.zeros_like(loaded.shared.weight))
+    with pytest.raises(EncoderError, match="'here' does not read the embeddings"):
+        check_embeddings(loaded, "here")
+    loaded.shared = loaded.encoder.embed_tokens
+    with pytest.raises(EncoderError, match="does not read"):
+        check_embeddings(loaded, "here")
 
 
 def test_missing_weights_say_what_to_fetch(tmp_path) -> None:

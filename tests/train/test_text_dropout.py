@@ -112,7 +112,7 @@ def test_training_reads_the_knob(dataset: Path, tmp_path: Path) -> None:
     ("override", "both"),
     [
         ("encoders.weights.seed=1", r"made by vae 'seeded:0 vae .*', but this run needs 'seeded:1 vae"),
-        ("encoders.dtype=bfloat16", r"made by vae '.*float32, v1\)', but this run needs '.*bfloat16, v1\)'"),
+        ("encoders.dtype=bfloat16", r"made by vae '.*float32, v2\)', but this run needs '.*bfloat16, v2\)'"),
         ("encoders.vae_dim=12", r"made by vae '.*width 8.*', but this run needs '.*width 12"),
         ("encoders.text_layers=1", r"made by text '.*32 x 2.*', but this run needs '.*32 x 1"),
         ("encoders.image_size=64", r"made by image '.*32 px / 8.*', but this run needs '.*64 px / 8"),
