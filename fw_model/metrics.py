@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import spearmanr
 
 Array = np.ndarray
 
@@ -156,6 +157,83 @@ def delta125(predicted: Array, target: Array, valid: Array) -> float:
         return float("nan")
     ratio = depth_scale(predicted, target, valid) * np.asarray(predicted, np.float64)[use] / np.asarray(target, np.float64)[use]
     return float(np.mean((ratio < 1.25) & (ratio > 1 / 1.25)))
+
+
+def point_error(predicted: Array, target: Array, valid: Array) -> tuple[float, float]:
+    """Errors of a point map [T, H, W, 3]: (mean |P - G| as it is, mean |s P - G| / |G| after one scale s per clip).
+
+    s is the median of |G| / |P|. NaN when no pixel is valid.
+    """
+    use = np.asarray(valid, bool)
+    p, g = np.asarray(predicted, np.float64)[use], np.asarray(target, np.float64)[use]
+    if not len(g):
+        return float("nan"), float("nan")
+    length_p, length_g = np.linalg.norm(p, axis=1), np.linalg.norm(g, axis=1)
+    if not (length_p > 0).any():
+        return float(length_g.mean()), float("nan")
+    scale = np.median(length_g[length_p > 0] / length_p[length_p > 0])
+    ratio = np.linalg.norm(scale * p - g, axis=1)[length_g > 0] / length_g[length_g > 0]
+    return float(np.linalg.norm(p - g, axis=1).mean()), float(ratio.mean())
+
+
+def agreement(depth: Array, points: Array, w2c: Array, intrinsics: Array, tolerance: float = 0.05) -> float:
+    """Whether depth, points and cameras of one output tell the same story: the share of pixels at which they do.
+
+    A pixel does where its point, seen by its frame's camera, lies within `tolerance` of its depth and is projected within
+    `tolerance` of the image's diagonal from its own centre. No truth is needed, and agreement does not make it true.
+
+    depth [T, H, W], points [T, H, W, 3] in the world, w2c [T, 3, 4], intrinsics [T, 3, 3] in pixels.
+    """
+    depth, points = np.asarray(depth, np.float64), np.asarray(points, np.float64)
+    _, height, width = depth.shape
+    seen = np.einsum("tij,thwj->thwi", np.asarray(w2c, np.float64)[:, :, :3], points) + w2c[:, None, None, :, 3]
+    pixels = np.einsum("tij,thwj->thwi", np.asarray(intrinsics, np.float64), seen)
+    front = seen[..., 2] > 0
+    z = np.where(front, seen[..., 2], 1.0)
+    u, v = pixels[..., 0] / z - (np.arange(width) + 0.5), pixels[..., 1] / z - (np.arange(height)[:, None] + 0.5)
+    near = np.hypot(u, v) <= tolerance * np.hypot(height, width)
+    return float((front & near & (np.abs(seen[..., 2] - depth) <= tolerance * depth)).mean())
+
+
+def fov_error(intrinsics_est: Array, intrinsics_gt: Array, height: int, width: int) -> float:
+    """Mean absolute error of the vertical and horizontal field of view, in degrees; intrinsics [T, 3, 3] in pixels."""
+    errors = []
+    for axis, side in ((0, width), (1, height)):
+        est, gt = (2 * np.arctan(0.5 * side / np.asarray(k, np.float64)[:, axis, axis]) for k in (intrinsics_est, intrinsics_gt))
+        errors.append(np.abs(est - gt))
+    return float(np.degrees(np.mean(errors)))
+
+
+def flicker(predicted: Array, target: Array, valid: Array) -> float:
+    """Mean |log(p/d) at t + 1 - log(p/d) at t| over pixels [T, H, W] valid in both frames.
+
+    The relative change that is not the scene's: a depth that is wrong by one factor per clip does not flicker. NaN when no
+    pixel is valid twice, or p is not positive.
+    """
+    use = _usable(predicted, target, valid)
+    p, d = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(p / np.where(use, d, 1.0))
+    both = use[1:] & use[:-1]
+    return float(np.abs(ratio[1:] - ratio[:-1])[both].mean()) if both.any() else float("nan")
+
+
+def calibration(error: Array, confidence: Array, bins: int = 10) -> tuple[Array, float]:
+    """Does more confidence mean less error? (mean error by decile of confidence [bins], Spearman's rank correlation).
+
+    Args:
+        error: [N], of one kind.
+        confidence: [N]; only its order counts.
+        bins: equal counts, least confident first. -1 would be perfect, 0 says nothing; a confidence that never varies gives NaN.
+    """
+    error, confidence = np.asarray(error, np.float64).ravel(), np.asarray(confidence, np.float64).ravel()
+    if len(error) != len(confidence):
+        raise ValueError(f"calibration: {len(error)} errors but {len(confidence)} confidences")
+    if len(error) < bins or np.ptp(confidence) == 0:
+        return np.full(bins, np.nan), float("nan")
+    order = np.argsort(confidence, kind="stable")
+    curve = np.array([part.mean() for part in np.array_split(error[order], bins)])
+    return curve, float(spearmanr(confidence, error).statistic)
 
 
 def _poses(w2c: Array) -> Array:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from fw_model import metrics
 from fw_model.metrics import (
     absrel,
     align_sim3,
@@ -251,3 +252,94 @@ def test_poses_that_are_not_finite_are_refused() -> None:
     bad[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="finite"):
         ate(bad, path())
+
+
+# ---- points, lens, agreement, stillness, confidence: each against plain loops
+
+
+def a_scene(frames: int = 3, height: int = 6, width: int = 8) -> dict[str, np.ndarray]:
+    """Depth, its points in the world, and the cameras that see it."""
+    rng = np.random.default_rng(3)
+    depth = rng.uniform(1, 3, (frames, height, width))
+    intrinsics = np.tile(np.array([[7.0, 0, 4], [0, 7.0, 3], [0, 0, 1]]), (frames, 1, 1))
+    w2c = np.stack([np.c_[Rotation.from_rotvec([0, 0.1 * t, 0]).as_matrix(), [0.2 * t, 0, 0]] for t in range(frames)])
+    points = np.empty((*depth.shape, 3))
+    for t, v, u in np.ndindex(depth.shape):
+        seen = depth[t, v, u] * np.linalg.inv(intrinsics[t]) @ [u + 0.5, v + 0.5, 1]
+        points[t, v, u] = w2c[t, :, :3].T @ (seen - w2c[t, :, 3])
+    return {"depth": depth, "points": points, "w2c": w2c, "intrinsics": intrinsics}
+
+
+def test_point_error_is_the_mean_distance_and_its_ratio_needs_no_scale() -> None:
+    scene, rng = a_scene(), np.random.default_rng(4)
+    valid = rng.random(scene["depth"].shape) > 0.3
+    guess = scene["points"] + rng.normal(0, 0.1, scene["points"].shape)
+    distance, ratio = metrics.point_error(guess, scene["points"], valid)
+    pairs = [(guess[i], scene["points"][i]) for i in np.ndindex(valid.shape) if valid[i]]
+    s = np.median([np.linalg.norm(g) / np.linalg.norm(p) for p, g in pairs])
+    assert distance == pytest.approx(np.mean([np.linalg.norm(p - g) for p, g in pairs]))
+    assert ratio == pytest.approx(np.mean([np.linalg.norm(s * p - g) / np.linalg.norm(g) for p, g in pairs]))
+    assert metrics.point_error(5 * guess, scene["points"], valid)[1] == pytest.approx(ratio)
+    assert np.isnan(metrics.point_error(guess, scene["points"], np.zeros_like(valid))).all()
+
+
+def test_agreement_is_whole_for_one_scene_and_lost_with_any_of_its_three_parts() -> None:
+    scene = a_scene()
+    assert metrics.agreement(**scene) == 1
+    assert metrics.agreement(**{**scene, "depth": 1.1 * scene["depth"]}) == 0
+    assert metrics.agreement(**{**scene, "points": -scene["points"]}) == 0
+    still = np.tile(np.eye(3, 4), (3, 1, 1))
+    assert metrics.agreement(**{**scene, "w2c": still}) == pytest.approx(1 / 3, abs=0.1)  # the first frame is the world
+    wide = scene["intrinsics"] * [[[2.0], [2.0], [1.0]]]
+    assert metrics.agreement(**{**scene, "intrinsics": wide}) < 0.5
+
+
+def test_agreement_is_what_plain_loops_count() -> None:
+    scene, rng = a_scene(), np.random.default_rng(5)
+    points = scene["points"] + rng.normal(0, 0.08, scene["points"].shape)
+    agreeing = 0
+    for t, v, u in np.ndindex(scene["depth"].shape):
+        x, y, z = scene["w2c"][t, :, :3] @ points[t, v, u] + scene["w2c"][t, :, 3]
+        pixel = (7 * x / z + 4 - (u + 0.5), 7 * y / z + 3 - (v + 0.5))
+        d = scene["depth"][t, v, u]
+        agreeing += z > 0 and abs(z - d) <= 0.05 * d and np.hypot(*pixel) <= 0.05 * 10
+    assert 0 < agreeing < scene["depth"].size
+    assert metrics.agreement(**{**scene, "points": points}) == pytest.approx(agreeing / scene["depth"].size)
+
+
+def test_fov_error_is_in_degrees_of_both_sides() -> None:
+    def lens(horizontal: float, vertical: float) -> np.ndarray:
+        fx, fy = (0.5 * side / math.tan(math.radians(fov) / 2) for side, fov in ((640, horizontal), (480, vertical)))
+        return np.array([[[fx, 0, 320], [0, fy, 240], [0, 0, 1]]])
+
+    assert metrics.fov_error(lens(60, 45), lens(60, 45), 480, 640) == 0
+    assert metrics.fov_error(lens(66, 41), lens(60, 45), 480, 640) == pytest.approx((6 + 4) / 2)
+
+
+def test_flicker_sees_change_over_time_and_no_constant_factor() -> None:
+    depth = a_scene()["depth"]
+    valid = np.random.default_rng(6).random(depth.shape) > 0.2
+    assert metrics.flicker(3 * depth, depth, valid) == pytest.approx(0, abs=1e-12)
+    breathing = depth * np.array([1.0, 1.1, 1.0])[:, None, None]
+    assert metrics.flicker(breathing, depth, valid) == pytest.approx(math.log(1.1))
+    noisy = depth * np.random.default_rng(7).uniform(0.9, 1.1, depth.shape)
+    terms = [
+        abs(math.log(noisy[t + 1, v, u] / depth[t + 1, v, u]) - math.log(noisy[t, v, u] / depth[t, v, u]))
+        for t, v, u in np.ndindex(2, *depth.shape[1:])
+        if valid[t, v, u] and valid[t + 1, v, u]
+    ]
+    assert metrics.flicker(noisy, depth, valid) == pytest.approx(np.mean(terms))
+    assert np.isnan(metrics.flicker(depth, depth, np.zeros_like(valid)))
+
+
+def test_calibration_tells_confidence_that_knows_from_confidence_that_does_not() -> None:
+    rng = np.random.default_rng(8)
+    error = rng.exponential(1, 1000)
+    curve, rank = metrics.calibration(error, 1 / error)
+    assert rank == pytest.approx(-1)
+    assert (np.diff(curve) < 0).all()
+    assert curve[0] == pytest.approx(np.sort(error)[-100:].mean())
+    assert abs(metrics.calibration(error, rng.random(1000))[1]) < 0.1
+    assert np.isnan(metrics.calibration(error, np.ones(1000))[1])
+    with pytest.raises(ValueError, match="3 errors but 2"):
+        metrics.calibration(np.ones(3), np.ones(2))

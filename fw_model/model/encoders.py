@@ -90,9 +90,7 @@ class Encoders:
         Runs of white space count as one space, none at the ends, as the base's own prompter does.
         """
         clean = " ".join(prompt.split())
-        tokens = self.tokenizer(clean, truncation=True, max_length=self.text_len, return_tensors="pt").to(
-            self.text.device
-        )
+        tokens = self.tokenizer(clean, truncation=True, max_length=self.text_len, return_tensors="pt").to(self.text.device)
         hidden = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return hidden[0].float().half().cpu().numpy()
 

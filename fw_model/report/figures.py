@@ -153,6 +153,15 @@ def loss_figure(metrics: Path) -> go.Figure:
     return _styled(figure, height=300).update_layout(margin_t=64, legend_y=1.14)
 
 
+def calibration_figure(curve: Array) -> go.Figure:
+    """Relative depth error [10] by decile of confidence, least confident first; a straight fall is what it should be."""
+    deciles = [f"{10 * i}–{10 * (i + 1)} %" for i in range(len(curve))]
+    figure = go.Figure(go.Bar(x=deciles, y=np.asarray(curve, np.float64), marker_color=PREDICTION_COLOR))
+    figure.update_xaxes(title_text="confidence of depth, by rank")
+    figure.update_yaxes(title_text="mean relative error", rangemode="tozero")
+    return _styled(figure, height=260)
+
+
 def points_figure(target: Array, predicted: Array, valid: Array, count: int = 4000, seed: int = 0) -> go.Figure:
     """True and predicted points side by side: the same `count` pixels of the clip, coloured by their true distance.
 

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fw_model.metrics import Array
+from fw_model.report.evaluation import Evaluation
 from fw_model.report.figures import (
+    calibration_figure,
     colour_stops,
     colourise,
     depth_range,
@@ -53,11 +55,27 @@ _COLUMNS = {  # by metric
     "auc30": _Column("AUC@30", " ↑", "mean over 1..30° of the share of frame pairs whose pose error is below", 3),
 }
 
+_MORE = {  # by metric; of the bands' table alone
+    "rotation_degrees": _Column("rotation", " ↓", "mean angle between predicted and true relative rotations, degrees", 2),
+    "direction_degrees": _Column("direction", " ↓", "mean angle between relative translations, degrees; 90 is chance", 1),
+    "rpe": _Column("RPE", " ↓", "RMS step error as a share of the true path's extent", 3),
+    "rpe_degrees": _Column("RPE rotation", " ↓", "RMS of a step's rotation error, degrees", 2),
+    "rra15": _Column("RRA@15", " ↑", "share of frame pairs whose rotation error is below 15°", 3),
+    "rta15": _Column("RTA@15", " ↑", "share of frame pairs whose direction error is below 15°", 3),
+    "point_error": _Column("points", " ↓", "mean distance of points, clip units", 3),
+    "point_ratio": _Column("points, relative", " ↓", "mean |s·P − G| / |G|, one scale per clip", 3),
+    "agreement": _Column("agreement", " ↑", "share of pixels at which depth, points and cameras agree within 5 %", 3),
+    "fov_degrees": _Column("lens", " ↓", "mean error of the field of view, degrees", 2),
+    "flicker": _Column("flicker", " ↓", "mean relative change of depth from frame to frame that is not the scene's", 4),
+}
+
 
 def page(data: ReportData) -> str:
     """The report as one HTML document. Whatever comes from a dataset or a run is escaped."""
     metadata = data.metadata
     figures = {"losses": loss_figure(data.metrics)}
+    if data.evaluation.calibration is not None:
+        figures["calibration"] = calibration_figure(data.evaluation.calibration)
     for number, clip in enumerate(data.clips):
         figures[f"points-{number}"] = points_figure(clip.points, clip.predicted_points, clip.valid)
         figures[f"path-{number}"] = path_figure(clip.w2c, clip.predicted_w2c)
@@ -77,6 +95,9 @@ def page(data: ReportData) -> str:
         losses=_losses(data),
         camera_cases=_camera_cases(data),
         columns=list(_COLUMNS.values()),
+        bands=_bands(data.evaluation),
+        paths=_paths(data.evaluation),
+        rank_correlation=data.evaluation.rank_correlation,
         clips=[_clip(clip) for clip in data.clips],
         means=_cells(_means(data.clips)),
         depth_stops=colour_stops(),
@@ -130,6 +151,30 @@ def _camera_cases(data: ReportData) -> list[dict[str, Any]] | None:
     cases.append(("a camera that stands still", "constant/camera_loss", "constant/degrees"))
     rows = [{"name": words, "loss": after[loss], "degrees": after[turn]} for words, loss, turn in cases if loss in after]
     return [*rows, {"name": "gap between given and withheld", "loss": None, "degrees": gap}]
+
+
+def _bands(evaluation: Evaluation) -> dict[str, Any]:
+    """Means of every number by band of noise: its name, how it is read, a value per band."""
+    found = evaluation.band_means()
+    rows = [
+        {"name": column.name + column.arrow, "values": [_number(values.get(key), column.digits) for values in found.values()]}
+        for key, column in {**_COLUMNS, **_MORE}.items()
+    ]
+    return {"names": list(found), "rows": rows}
+
+
+def _paths(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Camera numbers by what the base was told, a still camera's last."""
+    wanted = ("rotation_degrees", "direction_degrees", "ate", "auc30")
+    names = {**_CASES, "constant": "a camera that stands still"}
+    return [
+        {"name": names[case], "values": [_number(found.get(key), {**_COLUMNS, **_MORE}[key].digits) for key in wanted]}
+        for case, found in evaluation.cameras.items()
+    ]
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
 
 
 def _means(clips: list[ClipResult]) -> dict[str, float]:
@@ -191,7 +236,9 @@ class ClipResult:
     predicted_depth: Array
     predicted_points: Array
     predicted_w2c: Array
-    numbers: dict[str, float]  # absrel, delta125, depth_scale, ate, auc30; NaN where undefined
+    numbers: dict[str, float]  # see `predict.all_numbers`; NaN where undefined
+    bucket: str  # "HxWxT"
+    calibration: tuple[Array, float]  # see `metrics.calibration`
 
 
 @dataclass(frozen=True)
@@ -208,3 +255,4 @@ class ReportData:
     validation: dict[str, dict[str, float]] | None  # "before" and "after"; None while the run is not complete
     seconds: float | None
     clips: list[ClipResult]
+    evaluation: Evaluation

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fw_model.config import Stage
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.report import __main__ as report
 from fw_model.report import figures as visualize
+from fw_model.report import page as page_module
 from fw_model.report import predict
 from fw_model.report.page import page
 from fw_model.report.predict import ReportSummary, write_report
@@ -86,7 +88,7 @@ def test_every_figure_of_the_page_has_its_data(written: dict[str, ReportSummary]
     text = own_html(written["stage1"].path)
     wanted = set(re.findall(r"data-figure=([\w-]+)", text))
     found = dict(re.findall(r"<script type='application/json' id='figure-([\w-]+)'>(.*?)</script>", text, flags=re.DOTALL))
-    assert wanted == found.keys() == {"losses", "points-0", "path-0", "points-1", "path-1"}
+    assert wanted == found.keys() == {"losses", "calibration", "points-0", "path-0", "points-1", "path-1"}
     assert all(json.loads(figure)["data"] for figure in found.values())
     points = json.loads(found["points-0"])["data"]
     sizes = [len(base64.b64decode(trace["x"]["bdata"])) // 4 for trace in points]
@@ -104,6 +106,47 @@ def test_predictions_are_the_checkpoints(runs: dict[str, Path], dataset: Path) -
     first, again = (predict._predict_clip(model, clips, 0, 100.0, metadata, "cpu") for _ in range(2))
     assert np.array_equal(first.predicted_depth, again.predicted_depth)
     assert not np.array_equal(first.predicted_depth, untrained.predicted_depth)
+
+
+def test_all_numbers_stand_by_noise_bucket_and_clip_in_the_json_beside_the_page(written: dict[str, ReportSummary]) -> None:
+    path = written["stage1"].path
+    found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert found["bands"].keys() == {"low", "middle", "high"}
+    assert found["bands"]["low"]["absrel"] == pytest.approx(written["stage1"].numbers["absrel"])
+    assert found["bands"]["low"]["absrel"] != found["bands"]["high"]["absrel"]
+    assert set(found["clips"]) == {"val-0", "val-1"}
+    assert {clip["bucket"] for clip in found["clips"].values()} == set(found["buckets"])
+    for name in ("point_ratio", "agreement", "fov_degrees", "flicker", "depth_scale", "rpe", "rra15", "rta15"):
+        own = [clip["low"][name] for clip in found["clips"].values()]
+        assert found["bands"]["low"][name] == pytest.approx(sum(own) / len(own))
+    assert len(found["calibration"]) == 10
+    assert -1 <= found["rank_correlation"] <= 1
+    assert "<h2>By noise</h2>" in own_html(path)
+
+
+def test_cameras_are_reported_with_the_true_one_given_withheld_and_anothers_beside_a_still_one(
+    written: dict[str, ReportSummary],
+) -> None:
+    path = written["stage1"].path
+    found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    cameras, text = found["cameras"], own_html(path)
+    assert cameras.keys() == {"given", "withheld", "other", "constant"}
+    assert len({case["direction_degrees"] for case in cameras.values()}) == 4
+    assert cameras["given"]["rotation_degrees"] == found["bands"]["low"]["rotation_degrees"]
+    for words in ("no camera given", "another clip's camera given".replace("'", "&#39;"), "gap between given and withheld"):
+        assert words in text
+
+
+def test_a_target_is_met_only_where_the_model_beats_the_constant() -> None:
+    after = {"camera_loss": 0.04, "constant/camera_loss": 0.03}
+    losses = dict.fromkeys(LOSS_NAMES["stage1"], 1.0) | {f"constant/{name}": 2.0 for name in LOSS_NAMES["stage1"]}
+    for constant, met in ((0.03, False), (0.06, True)):
+        data = SimpleNamespace(
+            metadata=SimpleNamespace(stage="stage1"),
+            validation={"before": losses, "after": {**losses, **after, "constant/camera_loss": constant}},
+        )
+        rows = {row["name"]: row for row in page_module._losses(data)}
+        assert (rows["camera_loss"]["met"], rows["camera_loss"]["constant"]) == (met, constant)
 
 
 def test_perfect_prediction_has_perfect_numbers_and_its_scale() -> None:
