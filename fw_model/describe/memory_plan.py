@@ -1,9 +1,9 @@
 """What a training step of a preset needs on a GPU, and what to change when it does not fit.
 
-Bytes at the worst moment of one GPU = weights + gradients + AdamW's two moments + (several GPUs, not sharded) the gradient
-buckets of DDP + the larger of activations (traced, see `step_trace`) and the optimizer's temporaries, which torch's
-multi-tensor AdamW needs once for everything that trains. Sharding divides everything but the activations, and gathers two
-blocks at a time.
+Bytes at the worst moment of one GPU = what is kept (weights, gradients, the optimizer's moments, a moving average, encoders
+that run while training) + activations, traced beside all gradients (see `step_trace`): from the second micro-batch on they
+are held through the forward pass, and DDP's buckets, of which they are views, always are. AdamW is fused and has no
+temporaries. Sharding divides everything but encoders and activations, and gathers two blocks at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from fw_model.config import ConfigError, ModelConfig, Preset, Stage
+from fw_model.config import ConfigError, EncodersConfig, ModelConfig, Preset, Stage, StageConfig
 from fw_model.describe.step_trace import ClipSize, StepTrace, trace_step
 
 Sharding = Literal["none", "fsdp"]
 OptimizerChoice = Literal["adamw", "adamw in backward"]
 GIB = 2**30
+PUBLISHED_ENCODERS = 5.68e9 + 0.63e9 + 0.13e9  # parameters of UMT5-XXL's encoder, CLIP ViT-H/14's vision tower, Wan's VAE
 RESERVE = 0.1  # of a GPU: CUDA's context, convolution workspaces, fragmentation
 
 
@@ -79,16 +80,25 @@ def _plan(preset: Preset, stage: Stage, size: ClipSize, remedy: str, usable_gib:
     @cache
     def trace(batch: int) -> StepTrace:
         clips = ClipSize(size.frames, size.height, size.width, batch)
-        bfloat16 = config.precision == "bfloat16"
-        return trace_step(preset.model, stage, clips, bfloat16=bfloat16, train_geometry=config.train_geometry)
+        return trace_step(
+            preset.model,
+            stage,
+            clips,
+            bfloat16=config.precision == "bfloat16",
+            train_geometry=config.train_geometry,
+            held_gradients=True,
+        )
 
-    static = static_bytes(trace(1), gpus, sharding)
-    temporaries = trace(1).gradients / (gpus if sharding == "fsdp" else 1)
+    static = static_bytes(trace(1), config, gpus, sharding)
+    if config.encode_online:
+        static += encoder_bytes(preset.encoders)
+    if config.offload_optimizer:
+        static += 2 * _largest_tensor_bytes(preset.model)  # whose moments are on the GPU for the moment of their update
     if sharding == "fsdp" and gpus > 1:
         static += 2 * _largest_block_bytes(preset.model)
 
     def peak(batch: int) -> float:
-        return (static + max(trace(batch).activations, temporaries)) / GIB
+        return (static + trace(batch).activations) / GIB
 
     share = config.global_batch // gpus
     # Other moments of the step may become the worst one in a larger batch, so growth from one clip to two can only be too
@@ -101,7 +111,7 @@ def _plan(preset: Preset, stage: Stage, size: ClipSize, remedy: str, usable_gib:
         size=size,
         remedy=_words(remedy, batch, share),
         static_gib=static / GIB,
-        first_clip_gib=max(trace(1).activations, temporaries) / GIB,
+        first_clip_gib=trace(1).activations / GIB,
         further_clip_gib=growth / GIB,
         usable_gib=usable_gib,
         batch_per_gpu=batch,
@@ -112,12 +122,25 @@ def _plan(preset: Preset, stage: Stage, size: ClipSize, remedy: str, usable_gib:
     )
 
 
-def static_bytes(trace: StepTrace, gpus: int = 1, sharding: Sharding = "none") -> float:
-    """Weights, gradients and AdamW's moments on one GPU; with DDP its gradient buckets, which are a second copy."""
-    total = trace.weights + 3 * trace.gradients
-    if sharding == "fsdp":
-        return total / gpus
-    return total + (trace.gradients if gpus > 1 else 0)
+def static_bytes(trace: StepTrace, config: StageConfig, gpus: int = 1, sharding: Sharding = "none") -> float:
+    """Weights, gradients, the optimizer's moments and a moving average on one GPU.
+
+    Moments are two float32 a weight, two bytes in all with adamw8bit, none with `offload_optimizer`.
+    """
+    moments = 2.0 * trace.gradients
+    if config.optimizer == "adamw8bit":
+        moments = trace.gradients / 2
+    elif config.offload_optimizer:
+        moments = 0.0
+    average = trace.gradients if config.ema_decay else 0
+    total = trace.weights + trace.gradients + moments + average
+    return total / gpus if sharding == "fsdp" else total
+
+
+def encoder_bytes(encoders: EncodersConfig) -> float:
+    """Weights of VAE, UMT5 and CLIP, which `encode_online` keeps beside the model. Seeded ones are too small to count."""
+    width = 4 if encoders.dtype == "float32" else 2
+    return 0.0 if encoders.weights.source == "seeded" else width * PUBLISHED_ENCODERS
 
 
 def choose_optimizer(trace: StepTrace, limit_gib: float) -> tuple[OptimizerChoice, dict[OptimizerChoice, float]]:
@@ -149,6 +172,12 @@ def _remedies(preset: Preset) -> Iterator[tuple[ClipSize, str]]:
 def _words(remedy: str, batch: int, clips: int) -> str:
     accumulate = f"batch {batch} with {clips // batch} accumulated micro-batches" if 0 < batch < clips else ""
     return ", ".join(part for part in (remedy, accumulate) if part)
+
+
+def _largest_tensor_bytes(config: ModelConfig) -> int:
+    """The shared time projection of the GeoDiT or a feed-forward's matrix, in float32."""
+    dim, ffn = config.wan.dim, config.wan.ffn_dim
+    return 4 * max(9 * dim * dim, dim * ffn)
 
 
 def _largest_block_bytes(config: ModelConfig) -> int:

@@ -126,6 +126,7 @@ def trace_step(
     bfloat16: bool = True,
     float32_products: bool = False,
     train_geometry: bool = True,
+    held_gradients: bool = False,
     change: Callable[[FantasyWorld], object] | None = None,
 ) -> StepTrace:
     """Trace one step of a stage for a batch of clips of one size.
@@ -138,6 +139,7 @@ def trace_step(
         bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
         float32_products: with `bfloat16`, no autocast, and the base computes as after `compute_in_float32`.
         train_geometry: as for `FantasyWorld.set_stage`.
+        held_gradients: all gradients are there from the start, as in every micro-batch after the first and with DDP's buckets.
         change: called with the model before the step, to trace something other than what training does.
 
     Raises:
@@ -159,6 +161,8 @@ def trace_step(
         with _Meter() as meter:
             for parameter in parameters:
                 meter.add(parameter)
+                if held_gradients and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             inputs, targets = step_inputs(config.wan, size)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16 and not float32_products):
                 output = world(**inputs)

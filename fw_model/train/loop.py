@@ -181,8 +181,13 @@ def _clip_gradients(run: Run) -> Tensor:
 
 
 def _clear_gradients(run: Run) -> None:
-    """Zero the gradients of data parallel in place: they live in the buckets that are exchanged, which stay anyway."""
-    run.optimizer.zero_grad(set_to_none=not isinstance(run.wrapped, DistributedDataParallel))
+    """Zero the gradients of data parallel in place: they live in the buckets that are exchanged, which stay anyway.
+
+    Only from the second step on: the first one's buckets are made anew in another order, and gradients would keep the old.
+    """
+    wrapped = run.wrapped
+    stay = isinstance(wrapped, DistributedDataParallel) and wrapped._has_rebuilt_buckets
+    run.optimizer.zero_grad(set_to_none=not stay)
 
 
 def video_tokens(batch: Batch) -> int:
