@@ -46,7 +46,7 @@ from fw_pipeline.steps.results import finish_clip
 
 # The tiny preset, told to learn one clip by heart.
 OVERRIDES = (
-    "stage1.steps=200",
+    "stage1.steps=400",
     "stage1.global_batch=1",
     "stage1.batch_per_device=1",
     "stage1.learning_rate=1.0e-3",
@@ -54,7 +54,7 @@ OVERRIDES = (
     "stage1.pose_probability=0",  # the measurement withholds the pose tokens, so training does too
     "stage1.validation_clips=1",
     "stage1.validate_every=50",
-    "stage1.save_every=200",
+    "stage1.save_every=400",
     "stage1.log_every=25",
     "stage1.trackers=[]",
 )

