@@ -68,12 +68,12 @@ def test_it_measures_the_checkpoint_that_training_wrote(run: tuple[Path, dict[st
 def test_exit_code_says_whether_every_loss_got_there(
     depth: float, camera: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {"depth_loss": 0.21, "point_loss": 2.0, "camera_loss": 0.016}
-    found = {"depth_loss": depth, "point_loss": 0.3, "camera_loss": camera, "before": before}
+    before = {"depth_error": 0.21, "point_loss": 2.0, "camera_loss": 0.016}
+    found = {"depth_error": depth, "point_loss": 0.3, "camera_loss": camera, "before": before}
     monkeypatch.setattr(overfit, "overfit", lambda folder, preset: found)
     assert overfit.main([]) == code
     out, err = capsys.readouterr()
     line = json.loads(out.splitlines()[-1])
     assert line["ok"] == (code == 0)
-    assert {"depth_loss", "point_loss", "camera_loss"} <= set(line)
+    assert {"depth_error", "point_loss", "camera_loss"} <= set(line)
     assert bool(err) == (code == 1)
