@@ -68,7 +68,7 @@ def middle_config() -> ModelConfig:
 class NoAdapter(nn.Module):
     """Stands in for a camera adapter: the guide's stage 1 has none, so that its gradients end at the bridge."""
 
-    def forward(self, hidden: Tensor, pose: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, pose: Tensor, visible: Tensor | None = None) -> Tensor:
         return hidden
 
 

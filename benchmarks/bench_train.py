@@ -113,14 +113,14 @@ def ours(setting: Setting, stage: Stage, stage1: Path | None, output: Path) -> T
 class Apart(nn.Module):
     """In the place of what joins the branches: each stays as it is."""
 
-    def forward(self, own: Tensor, other: Tensor) -> Any:
+    def forward(self, own: Tensor, other: Tensor, *positions: Any) -> Any:
         return own, other
 
 
 class NoShift(nn.Module):
     """In the place of a camera adapter."""
 
-    def forward(self, hidden: Tensor, pose: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, pose: Tensor, visible: Tensor | None = None) -> Tensor:
         return hidden
 
 

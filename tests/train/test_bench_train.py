@@ -53,7 +53,7 @@ def test_plain_way_runs_all_blocks_and_only_what_its_stage_trains(stage: Any, fr
     output = world(**inputs())
     assert output.velocity is not None
     (output.velocity.square().mean() + output.depth.mean() + output.points.mean() + output.pose_encodings[-1].mean()).backward()
-    assert ran == list(world.base.transformer.blocks)
+    assert list(dict.fromkeys(ran)) == list(world.base.transformer.blocks)  # the later ones in two halves
     for block in ran:
         assert all((p.grad is None) == frozen for p in block.parameters())
     own = {name for name, p in world.named_parameters() if not name.startswith("base.") and p.grad is not None}
