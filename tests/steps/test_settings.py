@@ -34,7 +34,7 @@ def test_folders_are_found_from_the_projects_root() -> None:
 
 
 def test_the_profiles_choose_the_annotators(monkeypatch: pytest.MonkeyPatch) -> None:
-    for profile, expected in (("laptop", ["colmap", "geometry"]), ("gpu", ["dust3r", "depth-anything-v2"])):
+    for profile, expected in (("laptop", ["tracks", "geometry"]), ("gpu", ["dust3r", "depth-anything-v2"])):
         monkeypatch.setenv("FW_PROFILE", profile)
         assert [engine.name for engine in build(settings_from_env())] == expected
     assert set(PROFILES) == {"laptop", "gpu"}
