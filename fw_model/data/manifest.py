@@ -53,6 +53,7 @@ class ClipRow:
     quality: dict[str, float] = field(default_factory=dict)
     quarantine: str = ""
     training_xxh64: str = ""  # of the arrays that training reads; "" for prompts, and in datasets of before
+    motion: str = ""  # what the camera does; "" where it is not known, and in datasets of before
     source: str = ""  # digest of what the clip was made from; while it stays the same, a pack keeps the clip; "": unknown
 
     @property
@@ -78,16 +79,17 @@ _MANIFEST_SCHEMA = pa.schema(
         ("quarantine", pa.string()),
         ("source", pa.string()),
         ("training_xxh64", pa.string()),  # not in datasets of before
+        ("motion", pa.string()),  # likewise
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
 _NAMES = _MANIFEST_SCHEMA.names
-_OPTIONAL = "training_xxh64"
+_OPTIONAL = ("training_xxh64", "motion")
 _JSON_COLUMNS = ("arrays", "versions", "quality")
 
 
 # Columns that are kept as codes into their distinct values: what many clips share is stored, checked and hashed once.
-_SHARED_COLUMNS = ("video", "split", "bucket", "prompt", "shard", "arrays", "versions", "quarantine")
+_SHARED_COLUMNS = ("video", "split", "bucket", "prompt", "shard", "arrays", "versions", "quarantine", "motion")
 
 
 class Manifest(Sequence[ClipRow]):
@@ -288,7 +290,7 @@ def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
     if version != str(FORMAT_VERSION):
         raise DatasetError(f"{file}: format version {version}, this code reads {FORMAT_VERSION}; pack the dataset again")
     expected = dict(zip(_NAMES, _MANIFEST_SCHEMA.types, strict=True))
-    if {_OPTIONAL: pa.string()} | {field.name: _value_type(field.type) for field in table.schema} != expected:
+    if dict.fromkeys(_OPTIONAL, pa.string()) | {field.name: _value_type(field.type) for field in table.schema} != expected:
         raise DatasetError(f"{file}: columns {table.schema.to_string()}, expected {_MANIFEST_SCHEMA.to_string()}")
     if empty := [column for column in table.column_names if table[column].null_count]:
         raise DatasetError(f"{file}: nothing in some rows of {empty}; pack the dataset again")
@@ -300,9 +302,11 @@ def _read_rows(file: Path, identity: tuple[int, int, int]) -> Manifest:
         raise DatasetError(f"{file}: damaged ({error}); pack the dataset again") from error
     if found != metadata.get("xxh64"):  # pages have checksums, but the file's footer, which says how to read them, has none
         raise DatasetError(f"{file}: damaged (its rows do not have the hash in its footer); pack the dataset again")
-    if _OPTIONAL not in table.column_names:
-        table = table.append_column(_OPTIONAL, pa.array([""] * len(table), pa.string()))
-        manifest = Manifest(file, table)
+    for name in _OPTIONAL:
+        if name not in table.column_names:
+            empty_column = pa.array([""] * len(table), pa.string())
+            table = table.append_column(name, empty_column.dictionary_encode() if name in _SHARED_COLUMNS else empty_column)
+    manifest = Manifest(file, table)
     ids = table["clip_id"]
     if len(table) > 1 and not pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py():
         manifest = Manifest(file, table.take(pc.sort_indices(ids)).unify_dictionaries().combine_chunks())

@@ -44,6 +44,7 @@ class ClipRecord:
     arrays: dict[str, np.ndarray]  # exactly the keys of ARRAYS, or of RAW_ARRAYS for a clip that is not encoded yet
     quality: dict[str, float]  # per-clip numbers: inlier_ratio, reprojection_error, valid_fraction, ...
     versions: dict[str, str]  # who made it: geometry, depth, and the encoders as `EncodersConfig.identities` names them
+    motion: str = ""  # what the camera does, "" where it is not known
 
 
 @dataclass(frozen=True)

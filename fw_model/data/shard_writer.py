@@ -20,7 +20,7 @@ import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -164,15 +164,26 @@ class ShardWriter:
             versions=dict(record.versions),
             quality={key: float(value) for key, value in record.quality.items()},
             source=source,
+            motion=record.motion,
         )
         return self._place(self._rows, row, payload)
 
-    def quarantine(self, clip_id: str, video: str, reason: str, split: str | None = None) -> ClipRow:
-        """List a clip that is not packed, and why."""
+    def quarantine(
+        self,
+        clip_id: str,
+        video: str,
+        reason: str,
+        split: str | None = None,
+        quality: Mapping[str, float] | None = None,
+        motion: str = "",
+    ) -> ClipRow:
+        """List a clip that is not packed, why, and what was measured of it."""
         self._check_new(clip_id)
         if not reason:
             raise ValueError(f"clip {clip_id}: a clip that is set aside needs a reason")
-        row = self._rows[clip_id] = ClipRow(clip_id=clip_id, video=video, split=split or "", quarantine=reason)
+        row = self._rows[clip_id] = ClipRow(
+            clip_id=clip_id, video=video, split=split or "", quarantine=reason, quality=dict(quality or {}), motion=motion
+        )
         return row
 
     def keep_text(self, prompt: str, version: str) -> bool:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from fw_model.config import ClipConfig
 from fw_model.files import file_hash
+from fw_pipeline.annotate.lens import Lens, LensError, read_calibration
 from fw_pipeline.annotate.types import Clip, VideoSetAside
 from fw_pipeline.annotate.video import Scan, decode, scan
 
@@ -94,10 +95,14 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
         clip: frames, fps, buckets, stride, limit per video.
         key: `video_key` of the video; starts the clip ids.
 
-    Raises VideoSetAside with the reason when there is no clip in it.
+    Raises VideoSetAside with the reason when there is no clip in it, or the calibration beside it cannot be used.
     """
     relative = _relative(video, root)
     found = scan(video)
+    try:
+        lens = read_calibration(video, found.height, found.width)
+    except LensError as error:
+        raise VideoSetAside(f"{video.name}: its calibration cannot be used: {error}") from error
     height, width, _ = clip.bucket(found.height, found.width)
     picked = [(shot, index, times) for shot, span in enumerate(found.shots) for index, times in _shot_clips(found, span, clip)]
     if not picked:
@@ -120,6 +125,7 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
             source_width=found.width,
             height=height,
             width=width,
+            lens=lens,
         )
         for shot, index, times in picked[: clip.max_clips_per_video]
     ]
@@ -279,19 +285,20 @@ def annotation_size(clip: Clip, long_side: int) -> tuple[int, int]:
 
 
 def read_frames(video: Path, clip: Clip, height: int, width: int) -> np.ndarray:
-    """The clip's frames [T, height, width, 3] uint8 RGB, resized and cropped by `FrameTransform`.
+    """The clip's frames [T, height, width, 3] uint8 RGB, undistorted by its lens, resized and cropped by `FrameTransform`.
 
     Seeks near the first frame. Raises VideoSetAside for an unreadable file, ValueError when a frame is not there: the file
     is not the one the clip was cut from.
     """
     transform = FrameTransform(clip.source_height, clip.source_width, height, width)
+    undistort = clip.lens.undistorter() if clip.lens else lambda picture: picture
     for start in (clip.timestamps[0], None):  # not every container seeks truly: then from the beginning
         out = np.empty((clip.frames, height, width, 3), np.uint8)
         found = 0
         with closing(decode(video, start)) as frames:
             for frame in frames:
                 if found < clip.frames and abs(frame.time - clip.timestamps[found]) < 1e-6:
-                    out[found] = transform.apply(frame.rgb())
+                    out[found] = transform.apply(undistort(frame.rgb()))
                     found += 1
                 if found == clip.frames:
                     return out
@@ -300,6 +307,14 @@ def read_frames(video: Path, clip: Clip, height: int, width: int) -> np.ndarray:
     raise ValueError(
         f"{video.name}: no frame at {clip.timestamps[found]:.4f} s for {clip.clip_id}; the file has changed, cut its clips again"
     )
+
+
+def known_intrinsics(clip: Clip, height: int, width: int) -> np.ndarray | None:
+    """K [3, 3] pixels of the frames that `read_frames` gives, None where no lens is written down beside the video."""
+    if clip.lens is None:
+        return None
+    transform = FrameTransform(clip.source_height, clip.source_width, height, width)
+    return transform.intrinsics_to_target(clip.lens.pinhole().intrinsics)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -316,4 +331,7 @@ def clips_from_json(items: Sequence[dict[str, Any]]) -> list[Clip]:
     for item in items:
         if set(item) != names:
             raise ValueError(f"not a clip: missing {sorted(names - set(item))}, unknown {sorted(set(item) - names)}")
-    return [Clip(**item | {"timestamps": tuple(item["timestamps"])}) for item in items]
+    lenses = [item["lens"] and Lens(**item["lens"]) for item in items]
+    return [
+        Clip(**item | {"timestamps": tuple(item["timestamps"]), "lens": lens}) for item, lens in zip(items, lenses, strict=True)
+    ]

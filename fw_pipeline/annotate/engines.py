@@ -108,7 +108,7 @@ class DepthAnythingSettings(Config):
 
 
 # The engines there are. `prefix` begins the names under which an engine's fields are set from outside: `dust3r_model`.
-GeometrySettings = Annotated[ColmapSettings | TracksSettings | Dust3rSettings, Field(discriminator="engine")]
+GeometrySettings = Annotated[TracksSettings | ColmapSettings | Dust3rSettings, Field(discriminator="engine")]
 DepthSettings = Annotated[GeometryDepthSettings | DepthAnythingSettings, Field(discriminator="engine")]
 
 

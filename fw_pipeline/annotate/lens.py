@@ -1,21 +1,20 @@
 """A video's lens: where it is written down, how it follows resizing and cropping, and how its distortion is taken out.
 
-Everything after reading works on a pinhole: pictures are undistorted once, when they are read (`Lens.undistortion`). Positions
+Everything after reading works on a pinhole: pictures are undistorted once, when they are read (`Lens.undistorter`). Positions
 are in pixels with the centre of the upper left one at (0.5, 0.5), as COLMAP and nerfstudio have it; OpenCV's are less by a half.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
 from fw_model.errors import Explained
-from fw_pipeline.annotate.clips import FrameTransform
 
 Source = Literal["calibration", "video", "clip"]
 ASPECT_TOLERANCE = 0.01  # relative: a calibration of another aspect is for another crop of the sensor
@@ -96,13 +95,6 @@ class Lens:
         """For the part of the picture that begins at position (left, top). Raises LensError when it misses the lens' centre."""
         return replace(self, cx=self.cx - left, cy=self.cy - top, height=height, width=width)
 
-    def fitted(self, height: int, width: int) -> Lens:
-        """For the picture as clips are read: resized to cover height x width, then cropped around the centre."""
-        fit = FrameTransform(self.height, self.width, height, width)
-        k = fit.intrinsics_to_target(self.intrinsics)
-        fx, fy, cx, cy = (float(k[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
-        return replace(self, fx=fx, fy=fy, cx=cx, cy=cy, height=height, width=width)
-
     def distort(self, xy: np.ndarray) -> np.ndarray:
         """Where the lens puts what a pinhole of the same K has at xy [..., 2] -> [..., 2]."""
         x, y = (xy[..., 0] - self.cx) / self.fx, (xy[..., 1] - self.cy) / self.fy
@@ -133,6 +125,8 @@ class Lens:
 
     def undistortion(self) -> tuple[Lens, np.ndarray, np.ndarray]:
         """(pinhole, map_x, map_y [height, width] float32): `cv2.remap(picture, map_x, map_y, ...)` is the pinhole's picture."""
+        import cv2  # `Lens` is part of every clip's description, which is read where no picture is
+
         pinhole, half = self.pinhole(), np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
         maps = cv2.initUndistortRectifyMap(
             self.intrinsics - half,  # OpenCV has the first pixel's centre at 0
@@ -144,16 +138,23 @@ class Lens:
         )
         return pinhole, maps[0], maps[1]
 
-    def undistort(self, frames: np.ndarray) -> tuple[np.ndarray, Lens]:
-        """Pictures [..., height, width, 3] uint8 -> (the same through a pinhole, that pinhole)."""
+    def undistorter(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What turns a picture [height, width, 3] uint8 into the one that `pinhole()` would have taken.
+
+        It raises LensError for a picture of another size.
+        """
         if not self.distorted:
-            return frames, self
-        if frames.shape[-3:-1] != (self.height, self.width):
-            raise LensError(f"frames are {frames.shape[-3]}x{frames.shape[-2]}, the lens is for {self.height}x{self.width}")
-        pinhole, map_x, map_y = self.undistortion()
-        flat = frames.reshape(-1, *frames.shape[-3:])
-        out = np.stack([cv2.remap(f, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE) for f in flat])
-        return out.reshape(frames.shape), pinhole
+            return lambda picture: picture
+        import cv2
+
+        _, map_x, map_y = self.undistortion()
+
+        def undistort(picture: np.ndarray) -> np.ndarray:
+            if picture.shape[:2] != (self.height, self.width):
+                raise LensError(f"frames are {picture.shape[0]}x{picture.shape[1]}, the lens is for {self.height}x{self.width}")
+            return np.asarray(cv2.remap(picture, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE))
+
+        return undistort
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

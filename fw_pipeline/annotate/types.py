@@ -10,21 +10,39 @@ Conventions, everywhere in this project:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from fw_model.errors import Explained
+from fw_pipeline.annotate.lens import Lens
 
 
 class VideoSetAside(Explained, ValueError):
     """A file that gives no clip (not a video, truncated, too short, ...). The message is the reason shown to the user."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a clip beside its arrays; it goes into the manifest for accepted clips and for those set aside."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    motion: str = ""  # what the camera does (`motion_kind.MotionKind`), "" where nobody could tell
+
+    def __or__(self, other: Measured) -> Measured:
+        """Both; the second's where both have the same."""
+        return Measured({**self.numbers, **other.numbers}, other.motion or self.motion)
+
+
 class ClipSetAside(Explained, ValueError):
     """A clip that cannot be annotated truthfully (static camera, too few registered frames, ...). It is set aside with
-    this message and never given made-up poses."""
+    this message, and what was measured of it, and never given made-up poses."""
+
+    def __init__(self, message: str, remedy: str = "", measured: Measured | None = None) -> None:
+        super().__init__(message, remedy)
+        self.measured = measured or Measured()
 
 
 class EngineError(Explained, RuntimeError):
@@ -52,6 +70,7 @@ class Clip:
     source_width: int
     height: int
     width: int
+    lens: Lens | None = None  # written down beside the video, for its source pictures; frames are read through its pinhole
 
     @property
     def frames(self) -> int:
@@ -90,7 +109,7 @@ class ClipDepth:
 
 
 class GeometryEngine(Protocol):
-    """Gives cameras and geometric depth: `colmap`, `dust3r`."""
+    """Gives cameras and geometric depth: `tracks`, `colmap`, `dust3r`."""
 
     @property
     def name(self) -> str: ...
@@ -105,6 +124,28 @@ class GeometryEngine(Protocol):
 
         Raises ClipSetAside with the reason when no trustworthy geometry exists.
         """
+        ...
+
+
+@runtime_checkable
+class SharedLensEngine(Protocol):
+    """A GeometryEngine that finds cameras before depth, so that all clips of a video can have one lens.
+
+    A solution is the engine's own; it holds no pictures, so that a video of any length can wait for its last clip.
+    """
+
+    def solve(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> Any:
+        """As `GeometryEngine.estimate` -> a solution; without `intrinsics` its lens is its own. Raises ClipSetAside."""
+        ...
+
+    def share_lens(self, solutions: Sequence[Any]) -> list[Any]:
+        """Solutions of one video's clips -> for each its solution with the lens they share, or the ClipSetAside it gets."""
+        ...
+
+    def measured(self, solution: Any) -> Measured: ...
+
+    def finish(self, frames: np.ndarray, solution: Any) -> ClipGeometry:
+        """frames: those it was solved from. Raises ClipSetAside when the solution is not to be trusted."""
         ...
 
 

@@ -11,7 +11,7 @@ from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
 from fw_model.errors import ANNOTATE_VIDEOS, BUILD_DATASET, MissingInput
-from fw_pipeline.annotate.types import Clip
+from fw_pipeline.annotate.types import Clip, Measured
 from fw_pipeline.steps.pipeline import CODE_VERSION, Pipeline
 from fw_pipeline.steps.results import EncodedClip, EncodedText, FinishedClip, PicturesClip
 from fw_pipeline.steps.store import load_arrays
@@ -52,7 +52,8 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
         for key in progress(ready):
             for name, reason in reasons[key].items():
                 result.set_aside[name] = reason
-                writer.quarantine(name, ready[key], reason)
+                found = measured(pipeline, key).get(name, Measured())
+                writer.quarantine(name, ready[key], reason, quality=found.numbers, motion=found.motion)
             if key in usable:
                 _pack_video(pipeline, key, usable[key], splits[ready[key]], writer, result)
     result.bytes_written = writer.bytes_written
@@ -99,6 +100,11 @@ def _reasons(pipeline: Pipeline, key: str) -> dict[str, str]:
     return {status.clip_id: status.set_aside for status in (*latents.clips, *depth.clips) if status.set_aside}
 
 
+def measured(pipeline: Pipeline, key: str) -> dict[str, Measured]:
+    """Clip id -> what the annotating steps measured of it, also of clips that they set aside."""
+    return {s.clip_id: Measured(s.quality, s.motion) for s in pipeline.marker("depth", key).clips}
+
+
 def _good_clips(pipeline: Pipeline, key: str, reasons: dict[str, str]) -> list[Clip]:
     if key in reasons:
         return []
@@ -120,7 +126,7 @@ def _pack_texts(pipeline: Pipeline, key: str, writer: ShardWriter) -> None:
 
 def _record(pipeline: Pipeline, key: str, clip: Clip) -> ClipRecord:
     geometry, depth = pipeline.marker("geometry", key), pipeline.marker("depth", key)
-    measured = {status.clip_id: status.quality for status in depth.clips}
+    found = measured(pipeline, key)[clip.clip_id]
     finished = load_arrays(pipeline.store.folder("depth", key) / f"{clip.clip_id}.npz", FinishedClip)
     kind = PicturesClip if pipeline.pictures else EncodedClip
     encoded = load_arrays(pipeline.store.folder("latents", key) / f"{clip.clip_id}.npz", kind)
@@ -132,6 +138,7 @@ def _record(pipeline: Pipeline, key: str, clip: Clip) -> ClipRecord:
         scale=float(finished.scale),
         prompt=pipeline.prompt_of(key),
         arrays={name: getattr(finished, name) for name in names} | vars(encoded),
-        quality=measured[clip.clip_id],
+        quality=dict(found.numbers),
+        motion=found.motion,
         versions={"geometry": geometry.made_by, "depth": depth.made_by} | ({} if pipeline.pictures else pipeline.encoder_ids),
     )

@@ -26,7 +26,17 @@ from fw_model.files import file_hash, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
-from fw_pipeline.annotate.types import Clip, ClipGeometry, ClipSetAside, DepthEngine, GeometryEngine, VideoSetAside
+from fw_pipeline.annotate.lens import calibration_files
+from fw_pipeline.annotate.types import (
+    Clip,
+    ClipGeometry,
+    ClipSetAside,
+    DepthEngine,
+    GeometryEngine,
+    Measured,
+    VideoSetAside,
+)
+from fw_pipeline.annotate.whole_video import WholeVideo
 from fw_pipeline.steps.prompts import PromptError, Prompts
 from fw_pipeline.steps.results import EncodedClip, EncodedText, PicturesClip, finish_clip
 from fw_pipeline.steps.settings import Settings
@@ -40,7 +50,7 @@ from fw_pipeline.steps.store import (
     write_done,
 )
 
-CODE_VERSION = 1  # raise when a step's results change for the same inputs
+CODE_VERSION = 2  # raise when a step's results change for the same inputs
 _PUT_VIDEOS = "Put videos there, or name a folder that has some: FW_VIDEOS=FOLDER, or make demo VIDEOS=FOLDER"
 
 
@@ -125,7 +135,7 @@ class Pipeline:
     def fingerprint(self, step: StepName, key: str) -> str:
         """Hash of everything the step's result depends on."""
         if step == "clips":
-            parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json")]
+            parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json"), self._calibration(key)]
         elif step == "geometry":
             parts = [self.marker("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
         elif step == "depth":
@@ -148,29 +158,32 @@ class Pipeline:
     def _geometry(self, key: str, folder: Path) -> Done:
         engine = self.geometry_engine
         require_device(self.settings.device)
+        whole = WholeVideo(engine, self.clips_of(key, self.marker("clips", key)), lambda clip: self._frames(key, clip))
 
-        def annotate(clip: Clip) -> dict[str, float]:
-            frames = self._frames(key, clip)
-            geometry = engine.estimate(frames)
-            numbers = quality.check_geometry(geometry)
+        def annotate(clip: Clip) -> Measured:
+            geometry, measured = whole.estimate(clip)
+            try:
+                measured |= Measured(quality.check_geometry(geometry))
+            except ClipSetAside as reason:
+                raise ClipSetAside(reason.message, reason.remedy, measured) from reason
             save_arrays(folder / f"{clip.clip_id}.npz", geometry)
-            return numbers
+            return measured
 
         return self._each_clip("clips", key, made_by(engine), annotate)
 
     def _depth(self, key: str, folder: Path) -> Done:
         engine = self.depth_engine
         require_device(self.settings.device)
-        measured = {status.clip_id: status.quality for status in self.marker("geometry", key).clips}
+        before = {status.clip_id: Measured(status.quality, status.motion) for status in self.marker("geometry", key).clips}
 
-        def annotate(clip: Clip) -> dict[str, float]:
+        def annotate(clip: Clip) -> Measured:
             geometry = load_arrays(self.store.folder("geometry", key) / f"{clip.clip_id}.npz", ClipGeometry)
             result = engine.estimate(self._frames(key, clip), geometry)
             numbers = quality.check_depth(result, geometry)
             finished = finish_clip(clip, geometry, result)
             save_arrays(folder / f"{clip.clip_id}.npz", finished)
             valid = float((finished.depth > 0).mean())
-            return measured[clip.clip_id] | numbers | {"valid_fraction": valid, "scale": float(finished.scale)}
+            return before[clip.clip_id] | Measured(numbers | {"valid_fraction": valid, "scale": float(finished.scale)})
 
         return self._each_clip("geometry", key, made_by(engine), annotate)
 
@@ -179,15 +192,15 @@ class Pipeline:
         if fault := self._prompt_fault(key):
             return Done(video=self.marker("clips", key).video, fingerprint="", made_by=made_by, set_aside=fault)
 
-        def encode(clip: Clip) -> dict[str, float]:
+        def encode(clip: Clip) -> Measured:
             frames = clip_io.read_frames(self.video_path(key), clip, clip.height, clip.width)
             if self.pictures:
                 pictures = PicturesClip(encode_video(frames, clip.fps))
                 save_arrays(folder / f"{clip.clip_id}.npz", pictures)
-                return {"video_bytes": float(pictures.video.nbytes)}
+                return Measured({"video_bytes": float(pictures.video.nbytes)})
             encoded = EncodedClip(self.encoders.encode_video(frames), self.encoders.encode_image(frames[0]))
             save_arrays(folder / f"{clip.clip_id}.npz", encoded)
-            return {"latent_std": float(encoded.latents.astype(np.float32).std())}
+            return Measured({"latent_std": float(encoded.latents.astype(np.float32).std())})
 
         return self._each_clip("clips", key, made_by, encode)
 
@@ -208,16 +221,18 @@ class Pipeline:
         made_from = json.dumps([CODE_VERSION, self.encoder_ids["text"], prompt])
         return self.store.text(hashlib.sha256(made_from.encode()).hexdigest()[:32])
 
-    def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], dict[str, float]]) -> Done:
+    def _each_clip(self, source: StepName, key: str, made_by: str, work: Callable[[Clip], Measured]) -> Done:
         """Run `work` on every clip that the step before let through; a ClipSetAside sets that clip aside, no other."""
         before = self.marker(source, key)
         done = Done(video=before.video, fingerprint="", made_by=made_by, set_aside=before.set_aside)
         statuses = []
         for clip in self.clips_of(key, before):
             try:
-                statuses.append(ClipStatus(clip_id=clip.clip_id, quality=work(clip)))
+                measured, reason = work(clip), None
             except ClipSetAside as error:
-                statuses.append(ClipStatus(clip_id=clip.clip_id, set_aside=str(error)))
+                measured, reason = error.measured, str(error)
+            numbers = {name: float(value) for name, value in measured.numbers.items()}
+            statuses.append(ClipStatus(clip_id=clip.clip_id, set_aside=reason, quality=numbers, motion=measured.motion))
         statuses += [status for status in before.clips if status.set_aside]
         return done.model_copy(update={"clips": statuses})
 
@@ -264,6 +279,10 @@ class Pipeline:
                 write_json(file, known)
             self._hashes[key] = known["xxh64"]
         return self._hashes[key]
+
+    def _calibration(self, key: str) -> list[str]:
+        """Name and xxh64 of the files beside the video that may hold its lens."""
+        return [f"{path.name}:{file_hash(path)[1]}" for path in calibration_files(self.video_path(key))]
 
     def prompt_of(self, key: str) -> str:
         """A video's prompt. Raises PromptError when it cannot be read."""

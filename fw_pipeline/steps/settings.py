@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fw_model.config import Config, ConfigError, Preset, load_preset
-from fw_pipeline.annotate.engines import ColmapSettings, DepthSettings, Dtype, GeometryDepthSettings, GeometrySettings
+from fw_pipeline.annotate.engines import DepthSettings, Dtype, GeometryDepthSettings, GeometrySettings, TracksSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ class Settings(Config):
     annotation_long_side: int = Field(
         448, ge=64, description="pixels; the annotators see frames of this size, or the source's if it is smaller"
     )
-    geometry: GeometrySettings = Field(ColmapSettings(), description="engine that finds cameras and a first depth")
+    geometry: GeometrySettings = Field(TracksSettings(), description="engine that finds cameras and a first depth")
     depth: DepthSettings = Field(GeometryDepthSettings(), description="engine whose depth is kept")
     device: str = Field("cpu", description="torch device of annotators, encoders, training and reports")
     dtype: Dtype = Field("float32", description="of the annotators' networks")

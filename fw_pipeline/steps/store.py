@@ -41,6 +41,7 @@ class ClipStatus(BaseModel):
     # The reason, if the clip was set aside; markers of before version 0.2 call it `quarantined`.
     set_aside: str | None = Field(default=None, validation_alias=AliasChoices("set_aside", "quarantined"))
     quality: dict[str, float] = {}
+    motion: str = ""  # see `Measured`
 
 
 class Done(BaseModel):

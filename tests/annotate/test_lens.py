@@ -1,6 +1,7 @@
 """Lenses: reading calibrations, resizing, undistortion."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fw_pipeline.annotate.clips import FrameTransform
+from fw_pipeline.annotate.clips import FrameTransform, known_intrinsics
 from fw_pipeline.annotate.lens import Lens, LensError, read_calibration
+from fw_pipeline.annotate.types import Clip
 
 LENS = Lens(fx=500, fy=510, cx=330, cy=230, height=480, width=640, k1=-0.12, k2=0.03, p1=0.001, p2=-0.002)
 
@@ -116,7 +118,10 @@ def test_a_fitted_lens_sees_a_point_where_the_fitted_picture_has_it(height: int,
     source = LENS.intrinsics @ point
     fit = FrameTransform(480, 640, height, width)
     expected = source[:2] * fit.scale - np.array([fit.left, fit.top])
-    np.testing.assert_allclose((LENS.fitted(height, width).intrinsics @ point)[:2], expected, atol=1e-9)
+    clip = Clip("c", "v.mp4", "0", 0, 16.0, (0.0,), 480, 640, height, width, replace(LENS, k1=0, k2=0, p1=0, p2=0))
+    found = known_intrinsics(clip, height, width)
+    assert found is not None
+    np.testing.assert_allclose((found @ point)[:2], expected, atol=1e-9)
 
 
 def test_cropping_and_resizing_undo_each_other() -> None:
@@ -151,7 +156,6 @@ def test_an_undistorted_picture_has_no_blank_border_and_wastes_little(k1: float)
 
 def test_a_pinhole_leaves_pictures_alone() -> None:
     lens = Lens(fx=500, fy=500, cx=320, cy=240, height=480, width=640)
-    frames = np.zeros((2, 480, 640, 3), np.uint8)
-    out, same = lens.undistort(frames)
-    assert out is frames
-    assert same is lens
+    picture = np.zeros((480, 640, 3), np.uint8)
+    assert lens.undistorter()(picture) is picture
+    assert lens.pinhole() is lens

@@ -34,7 +34,7 @@ def test_folders_are_found_from_the_projects_root() -> None:
 
 
 def test_the_profiles_choose_the_annotators(monkeypatch: pytest.MonkeyPatch) -> None:
-    for profile, expected in (("laptop", ["colmap", "geometry"]), ("gpu", ["dust3r", "depth-anything-v2"])):
+    for profile, expected in (("laptop", ["tracks", "geometry"]), ("gpu", ["dust3r", "depth-anything-v2"])):
         monkeypatch.setenv("FW_PROFILE", profile)
         assert [engine.name for engine in build(settings_from_env())] == expected
     assert set(PROFILES) == {"laptop", "gpu"}
@@ -51,7 +51,7 @@ def test_every_engine_there_is_can_be_chosen_and_is_in_the_docs(role: str, engin
 
 
 def test_an_unknown_engine_is_an_error_that_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="geometry: .*'colmpa'.*'colmap', 'tracks', 'dust3r'"):
+    with pytest.raises(ConfigError, match="geometry: .*'colmpa'.*'tracks', 'colmap', 'dust3r'"):
         settings_from_env(geometry="colmpa")
     monkeypatch.setenv("FW_DEPTH", "none")
     with pytest.raises(ConfigError, match="depth: .*'none'.*'geometry', 'depth-anything-v2'"):
@@ -131,7 +131,7 @@ def test_fw_data_moves_the_videos_with_it(monkeypatch: pytest.MonkeyPatch, tmp_p
         ({"val_percent": 100}, "val_percent: .*less than 100"),
         ({"dtype": "float16"}, "dtype: .*'float32' or 'bfloat16'"),
         ({"windw": 3}, "windw: "),
-        ({"dust3r_window": 3}, "dust3r_window: .*geometry is colmap; set geometry: dust3r"),  # it would be lost
+        ({"dust3r_window": 3}, "dust3r_window: .*geometry is tracks; set geometry: dust3r"),  # it would be lost
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_name(given: dict[str, Any], said: str) -> None:

@@ -9,24 +9,24 @@ import cv2
 import numpy as np
 import scipy
 
-from fw_pipeline.annotate.bundle.joint import JointLens, joint_lens
-from fw_pipeline.annotate.bundle.refuse import check
+from fw_pipeline.annotate.bundle.joint import joint_lens
+from fw_pipeline.annotate.bundle.refuse import check, require_motion, require_placed
 from fw_pipeline.annotate.bundle.solution import Solution
 from fw_pipeline.annotate.bundle.solve import solve
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings, depth_range, sweep_depth
+from fw_pipeline.annotate.motion_kind import motion_kind
 from fw_pipeline.annotate.tracks import Tracks, TrackSettings, follow
 from fw_pipeline.annotate.trajectory import fill_poses
-from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
+from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside, Measured
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FEW_POINTS = 50  # a frame that shows fewer takes the whole clip's depth range
 AROUND = 2  # frames on either side whose points count for a frame's range: a few of its own may be all near or all far
-FAR = 10.0
 
 
 @dataclass(frozen=True)
 class BundleEngine:
-    """GeometryEngine over `follow`, `solve` and `sweep_depth`; `solve` and `finish` apart allow a lens for a whole video."""
+    """GeometryEngine over `follow`, `solve` and `sweep_depth`; a SharedLensEngine: the clips of a video have one lens."""
 
     device: str = "cpu"  # of the sweep
     tracks: TrackSettings = field(default_factory=TrackSettings)
@@ -59,20 +59,26 @@ class BundleEngine:
         tracks = frames if isinstance(frames, Tracks) else follow(frames, self.tracks)
         return solve(tracks if ignore is None else tracks.without(ignore), intrinsics)
 
-    def solve_video(self, solutions: Sequence[Solution]) -> tuple[list[Solution], JointLens]:
+    def share_lens(self, solutions: Sequence[Solution]) -> list[Solution | ClipSetAside]:
         """Clips of one video, each solved alone without a known lens -> the same with the lens they share.
 
-        A clip that contradicts the others (a zoom between clips) keeps its own, and so does a video's only clip. Raises
-        ClipSetAside when all clips together do not determine the lens.
+        A clip that contradicts the others (a zoom between clips) keeps its own, and so does a video's only clip. When all
+        clips together do not determine the lens, each is set aside: for its own motion where that is why, else for the lens.
         """
-        lens = joint_lens(solutions)
         if len(solutions) == 1:
-            return list(solutions), lens
-        together = [
+            return list(solutions)
+        try:
+            lens = joint_lens(solutions)
+        except ClipSetAside as undetermined:
+            return [_why_not(s) or undetermined for s in solutions]
+        return [
             solve(s.tracks, lens.lens(s.tracks.height, s.tracks.width).intrinsics) if shared else s
             for s, shared in zip(solutions, lens.clips, strict=True)
         ]
-        return together, lens
+
+    def measured(self, solution: Solution) -> Measured:
+        """See `Measured`; `Solution.numbers` says what the numbers are."""
+        return Measured(solution.numbers(), motion_kind(solution.motion).value)
 
     def finish(self, frames: np.ndarray, solution: Solution) -> ClipGeometry:
         """Dense depth for a solved clip: frames [T, h, w, 3] as they were followed. The unit is the tracks' median depth.
@@ -103,12 +109,18 @@ class BundleEngine:
         )
 
 
-def depth_ranges(points: np.ndarray, w2c: np.ndarray, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """near [T] and far [T] for the sweep, from points [N, 3] that the frames around each one see (`seen`: indices a frame).
+def _why_not(solution: Solution) -> ClipSetAside | None:
+    """Why this clip would be set aside whatever its lens."""
+    try:
+        require_motion(solution)
+        require_placed(solution)
+    except ClipSetAside as reason:
+        return reason
+    return None
 
-    Far is at most `FAR` median depths: planes are even in inverse depth and reach infinity in a step or two from there, while
-    points at infinity, which every street has, would put the range's middle there too.
-    """
+
+def depth_ranges(points: np.ndarray, w2c: np.ndarray, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """near [T] and far [T] for the sweep, from points [N, 3] that the frames around each one see (`seen`: indices a frame)."""
     near, far = np.zeros(len(w2c)), np.zeros(len(w2c))
     everything = np.unique(np.concatenate(seen))
     for t in range(len(w2c)):
@@ -117,8 +129,7 @@ def depth_ranges(points: np.ndarray, w2c: np.ndarray, seen: list[np.ndarray]) ->
         z = points[chosen] @ w2c[t, 2, :3] + w2c[t, 2, 3]
         if (z > 0).sum() < 8:
             raise ClipSetAside(f"{(z > 0).sum()} points in front of the camera in frame {t}; a depth range needs at least 8")
-        low, high = depth_range(points[chosen], w2c[t])
-        near[t], far[t] = low, max(2 * low, min(high, FAR * float(np.median(z[z > 0]))))
+        near[t], far[t] = depth_range(points[chosen], w2c[t])
     return near, far
 
 

@@ -18,7 +18,7 @@ from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings, depth_range, 
 from fw_pipeline.annotate.trajectory import fill_poses
 from fw_pipeline.annotate.types import ClipGeometry, ClipSetAside
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 Matches = dict[tuple[int, int], np.ndarray]  # frames (i, j), i < j -> [M, 2] keypoint indices that fit one two-view geometry
 
 

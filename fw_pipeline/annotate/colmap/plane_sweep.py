@@ -66,7 +66,8 @@ def sweep_depth(
     k = (to_working[:, None] * torch.from_numpy(np.asarray(intrinsics, np.float64))).to(device)
     pose = torch.from_numpy(np.asarray(w2c, np.float64)).to(device)
     span = torch.from_numpy(np.stack([1 / np.asarray(far), 1 / np.asarray(near)], 1)).to(device, torch.float32)
-    sources = choose_sources(np.asarray(w2c), 0.5 * (np.asarray(near) + np.asarray(far)), settings.angles)
+    # The middle of the planes, which are even in inverse depth; a far background does not push it away from what is near.
+    sources = choose_sources(np.asarray(w2c), 2 / (1 / np.asarray(near) + 1 / np.asarray(far)), settings.angles)
 
     depth, score = torch.empty_like(grey), torch.empty_like(grey)
     for start in range(0, len(frames), settings.chunk):
