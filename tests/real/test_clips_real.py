@@ -7,8 +7,9 @@ import pytest
 
 from fw_model.config import ClipConfig, load_preset
 from fw_pipeline.annotate.clips import cut_clips, find_videos, read_frames, video_key
+from fw_pipeline.annotate.shots import scan
 from fw_pipeline.annotate.types import VideoSetAside
-from fw_pipeline.annotate.video import decode, scan
+from fw_pipeline.annotate.video import decode
 
 VIDEOS = Path(__file__).parents[2].parent / "shared" / "data" / "videos"
 pytestmark = pytest.mark.skipif(not VIDEOS.is_dir(), reason="no real videos beside the project")
