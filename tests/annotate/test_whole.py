@@ -56,7 +56,7 @@ def test_a_whole_matroska_file_is_known_by_its_bytes(tmp_path) -> None:
         video.write_bytes(spoilt)
         assert not fills_its_file(video)
         if len(spoilt) < len(whole) - 1 or not spoilt[-1]:
-            assert "truncated" in refusal(video) or "damaged" in refusal(video)
+            assert refusal(video).startswith(("a.mkv: truncated", "a.mkv: damaged"))
 
 
 @pytest.mark.parametrize(("codec", "reordered"), [("libx264", 3), ("mpeg4", 2), ("mpeg4", 0)])
