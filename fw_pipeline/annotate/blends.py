@@ -113,11 +113,13 @@ class BlendDetector:
         self._anchors = [a for a in self._anchors if len(a.agreement) < LONGEST and np.isfinite(a.agreement[-1])]
 
     def _judge(self) -> None:
-        if not any(self._is_gone(anchor) for anchor in self._anchors):
+        gone = [anchor for anchor in self._anchors if self._is_gone(anchor)]
+        if not gone:
             return
         # The youngest that lost most saw the transition and least besides.
-        gone = [a for a in self._anchors if self._is_gone(a) or a.agreement[-1] < FEW * a.agreement[0] > 0.5 * FEW]
-        first, last = (gone[-1].at + 1 + index for index in _span(np.array(gone[-1].agreement)))
+        few = [a for a in self._anchors if a.agreement[0] > 0.5 and a.agreement[-1] < FEW * a.agreement[0]]
+        best = (few or gone)[-1]
+        first, last = (best.at + 1 + index for index in _span(np.array(best.agreement)))
         self._spans.append((max(first, self._begin), last))
         self._resume = last + 1
         self._forget()
