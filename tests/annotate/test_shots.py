@@ -115,7 +115,7 @@ def test_the_frames_of_a_dissolve_or_wipe_are_in_no_shot(length, weight) -> None
         found = shots(frames)
         # The first and last eighth of a transition hold an eighth of the other scene at most.
         assert no_shot_holds_two(found, 40, 40 + length, faint=length // 8), found
-        assert sum(last - first for first, last in found) >= 30
+        assert sum(last - first for first, last in found) >= 20  # a slow wipe costs much of its surroundings
 
 
 @pytest.mark.parametrize("length", [4, 8, 16])
