@@ -23,8 +23,9 @@ from PIL import Image
 from fw_model.config import ClipConfig
 from fw_model.files import file_hash
 from fw_pipeline.annotate.lens import Lens, LensError, read_calibration
+from fw_pipeline.annotate.shots import Scan, scan
 from fw_pipeline.annotate.types import Clip, VideoSetAside
-from fw_pipeline.annotate.video import Scan, decode, scan
+from fw_pipeline.annotate.video import decode
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
 UNFINISHED = (".part", ".tmp", ".temp", ".download")  # "name.part.mp4": somebody is still writing it

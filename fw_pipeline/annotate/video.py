@@ -1,4 +1,4 @@
-"""Decoding: a file's frames with their presentation times, upright, in RGB; and one pass over all of them that finds the shots.
+"""Decoding: a file's frames with their presentation times, as they are to be shown; and encoding.
 
 Frames are streamed: memory does not grow with a video's length. Times are `pts * time_base` in seconds, never a frame count
 over a nominal rate, so variable frame rates come out right.
@@ -7,59 +7,28 @@ over a nominal rate, so variable frame rates come out right.
 from __future__ import annotations
 
 import logging
-import re
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 from av.stream import Disposition
 from av.video.stream import VideoStream
-from tqdm import tqdm
 
+from fw_pipeline.annotate.picture import Declared, Deinterlacer, Frame, look_of
 from fw_pipeline.annotate.types import VideoSetAside
+from fw_pipeline.annotate.whole import check_whole
 
 # Only real containers: a playlist dressed up as a video could make the demuxer open other files.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-THUMBNAIL = 256  # long side of the frames that shots are detected on, pixels
 SEEK_MARGIN = 1.0  # seconds: containers seek by decode time, which runs ahead of presentation time
+LONGEST_PAUSE = 3600.0  # seconds between two frames; clips never reach over one, and a clock that jumps so far is broken
 
 logging.getLogger("libav").setLevel(logging.CRITICAL)  # what libav has to say arrives as exceptions, with the file's name
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One decoded frame. `height` and `width` are those of the upright picture with square pixels."""
-
-    time: float  # seconds
-    height: int
-    width: int
-    quarter_turns: int  # counterclockwise, from the container's display matrix
-    raw: av.VideoFrame
-
-    def rgb(self) -> np.ndarray:
-        """[height, width, 3] uint8."""
-        return self._picture(self.height, self.width, "rgb24")
-
-    def thumbnail(self, long_side: int) -> np.ndarray:
-        """Small [h, w, 3] uint8 in BGR, at most `long_side` pixels."""
-        scale = min(1.0, long_side / max(self.height, self.width))
-        return self._picture(max(2, round(self.height * scale)), max(2, round(self.width * scale)), "bgr24")
-
-    def _picture(self, height: int, width: int, layout: str) -> np.ndarray:
-        if self.quarter_turns % 2:
-            height, width = width, height
-        pixels = self.raw.reformat(width=width, height=height, format=layout).to_ndarray()
-        return np.ascontiguousarray(upright(pixels, self.quarter_turns))
-
-
-def upright(pixels: np.ndarray, quarter_turns: int) -> np.ndarray:
-    """Turn a coded frame [h, w, 3] counterclockwise by quarters, as its container asks."""
-    return np.rot90(pixels, quarter_turns % 4)
 
 
 @contextmanager
@@ -94,128 +63,126 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoS
 
 
 def decode(path: Path, start: float | None = None) -> Generator[Frame]:
-    """Frames in presentation order, each later than the one before.
+    """Frames in presentation order, each later than the one before, interlaced ones made progressive.
 
     Args:
         path: the file.
         start: seconds; frames from a little before this time on (a key frame), where the container can seek. Without it,
             every frame, and the end is checked against the length that the file declares.
 
-    Raises VideoSetAside for a file that is not a video, is truncated, or is damaged on the way.
+    Raises VideoSetAside for a file that is not a video, is truncated or damaged on the way, whose frames' order or times cannot
+    be trusted, or whose pictures say something of themselves that cannot be applied.
     """
-    before, last = -np.inf, -np.inf
-    with open_video(path) as (container, stream, tick):
-        if start is not None:
+    last, clock = -np.inf, _Clock()
+    with open_video(path) as (container, stream, tick), _naming(path):
+        declared = Declared.of(stream.codec_context, stream.metadata)
+        if declared.alpha:
+            raise VideoSetAside("alpha: its pictures are transparent, by a second layer; put them on a background")
+        deinterlacer, aspect = Deinterlacer(declared), float(stream.sample_aspect_ratio or 1)
+        # AVI knows no presentation times: those of reordered frames are found by counting from the first.
+        clock.counts = container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+        if start is not None and not clock.counts:
             ticks = int((start - SEEK_MARGIN) / tick)
             with suppress(av.FFmpegError):  # a container that cannot seek is read from its start
                 container.seek(max(ticks, stream.start_time or 0), stream=stream)
-        aspect = float(stream.sample_aspect_ratio or 1)
         try:
-            for raw in container.decode(stream):
-                if raw.is_corrupt and start is not None:
-                    continue  # frames just after a seek may lean on ones before it
-                if raw.is_corrupt:
-                    raise VideoSetAside(f"{path.name}: damaged after {max(last, 0):.2f} s")
-                if raw.pts is None:
-                    raise VideoSetAside(f"{path.name}: frames without timestamps; convert it to MP4")
-                time = float(raw.pts * tick)
-                if time > last:
-                    yield _frame(raw, time, aspect)
-                    before, last = last, time
+            for raw in _progressive(_decoded(container, stream, clock, start is None), deinterlacer):
+                time = _time(raw)
+                if start is not None and time <= last:
+                    continue  # what a seek stirs up; the first pass saw every frame in its order
+                _check_order(last, time)
+                frame = Frame(time, look_of(raw, declared, aspect), raw)
+                if start is None:
+                    frame.check_opaque()
+                yield frame
+                last = time
         except av.FFmpegError as error:
-            raise VideoSetAside(f"{path.name}: damaged or truncated after {max(last, 0):.2f} s: {error.strerror}") from error
-        if start is None and np.isfinite(before):
-            _check_whole(path, container, stream, tick, 2 * last - before)
+            raise VideoSetAside(f"damaged or truncated after {max(last, 0):.2f} s: {error.strerror}") from error
+        if start is None and np.isfinite(last):
+            clock.check_paired()
+            check_whole(path, container, stream, tick, max(float(clock.end * tick), last))
 
 
-def _frame(raw: av.VideoFrame, time: float, aspect: float) -> Frame:
-    turns = round(raw.rotation / 90)
-    height, width = raw.height, round(raw.width * aspect)
-    return Frame(time, *((width, height) if turns % 2 else (height, width)), quarter_turns=turns, raw=raw)
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before the reason."""
+    try:
+        yield
+    except VideoSetAside as reason:
+        named = str(reason).startswith(f"{path.name}: ")
+        raise (reason if named else VideoSetAside(f"{path.name}: {reason}")) from reason.__cause__
 
 
-def _check_whole(path: Path, container: av.container.InputContainer, stream: VideoStream, tick: Fraction, end: float) -> None:
-    """Refuse a file whose frames end before the length it declares: the rest is missing.
+@dataclass
+class _Clock:
+    """Times of a track's packets, in its ticks: until when they last, and where the container has no others, whose they are."""
 
-    MP4 and MOV are exempt: their index has been held against the file's size, and an edit list may rightly shorten them.
-    """
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))  # Matroska, per track
-    if "mp4" in container.format.name:
-        return
-    if stream.duration:
-        declared = float(stream.duration * tick)
-    elif tag:
-        declared = 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
-    elif len(container.streams) == 1 and container.duration:
-        declared = container.duration / av.time_base
-    else:
-        return
-    if end < declared - 0.25 - 0.01 * declared:
-        raise VideoSetAside(f"{path.name}: truncated: its frames end at {end:.2f} s of {declared:.2f} s")
+    end: int = 0  # by the packets' own durations
+    counts: bool = False  # frames take the packets' times in turn: decoders give them in order of presentation
+    packets: int = 0
+    frames: int = 0
+    waiting: deque[int | None] = field(default_factory=deque)
 
+    def packet(self, packet: av.Packet) -> None:
+        if packet.size:
+            time = packet.dts if packet.pts is None or self.counts else packet.pts
+            if time is not None:
+                self.end = max(self.end, time + (packet.duration or 0))
+            if self.counts:
+                self.packets += 1
+                self.waiting.append(time)
 
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over a video finds."""
+    def frame(self, raw: av.VideoFrame) -> None:
+        if self.counts:
+            self.frames += 1
+            raw.pts = self.waiting.popleft() if self.waiting else None
 
-    times: np.ndarray  # [N] float64 seconds, ascending
-    shots: tuple[tuple[int, int], ...]  # (first frame, one past the last) of every shot, in order, covering all frames
-    height: int
-    width: int
-
-
-def scan(path: Path) -> Scan:
-    """Times of all frames, and the shots. Raises VideoSetAside as `decode` does, or when frames change size or are none."""
-    detector, times, sizes = _ShotDetector(), [], set()
-    with closing(decode(path)) as frames:
-        for frame in tqdm(frames, desc=path.name, unit=" frames", disable=None, leave=False, delay=5):
-            sizes.add((frame.height, frame.width))
-            if len(sizes) > 1:
-                raise VideoSetAside(f"{path.name}: its frames change size at {frame.time:.2f} s; convert it to one size")
-            times.append(frame.time)
-            detector.add(frame.thumbnail(THUMBNAIL))
-    if not times:
-        raise VideoSetAside(f"{path.name}: no frame could be decoded")
-    edges = [0, *detector.finish(), len(times)]
-    (height, width) = sizes.pop()
-    return Scan(np.array(times), tuple(pairwise(edges)), height, width)
+    def check_paired(self) -> None:
+        if self.counts and self.packets != self.frames:
+            raise VideoSetAside(
+                f"frames out of order: an AVI of {self.packets} packets and {self.frames} frames, and no times that say which is "
+                "which; convert it to MP4"
+            )
 
 
-class _ShotDetector:
-    """PySceneDetect's AdaptiveDetector (robust to camera motion), fed frame by frame and counting frames, not time.
+def _decoded(
+    container: av.container.InputContainer, stream: VideoStream, clock: _Clock, from_start: bool
+) -> Iterator[av.VideoFrame]:
+    """Frames as the decoder gives them, with their times. Raises VideoSetAside for corrupt ones and for those without a time."""
+    last = 0.0
+    for packet in container.demux(stream):
+        clock.packet(packet)
+        for raw in packet.decode():
+            assert isinstance(raw, av.VideoFrame)
+            clock.frame(raw)
+            if raw.is_corrupt and not from_start:
+                continue  # frames just after a seek may lean on ones before it
+            if raw.is_corrupt:
+                raise VideoSetAside(f"damaged after {last:.2f} s")
+            last = _time(raw)
+            yield raw
 
-    It compares a frame with the `WINDOW` frames around it and so is blind at both ends; the first and the last frame are
-    shown to it again to open its eyes there. Short shots are kept apart: merged ones would put a cut inside a clip.
-    """
 
-    WINDOW = 2
+def _time(raw: av.VideoFrame) -> float:
+    """Presentation time, seconds."""
+    if raw.pts is None or raw.time_base is None:
+        raise VideoSetAside("frames without timestamps; convert it to MP4")
+    return float(raw.pts * raw.time_base)
 
-    def __init__(self) -> None:
-        from scenedetect import AdaptiveDetector  # slow to import, and only needed where videos are cut
 
-        self._detector = AdaptiveDetector(window_width=self.WINDOW, min_scene_len=1)
-        self._shown = 0
-        self._cuts: set[int] = set()
-        self._last: np.ndarray | None = None
+def _progressive(frames: Iterable[av.VideoFrame], deinterlacer: Deinterlacer) -> Iterator[av.VideoFrame]:
+    for raw in frames:
+        yield from deinterlacer.push(raw)
+    yield from deinterlacer.finish()
 
-    def add(self, thumbnail: np.ndarray) -> None:
-        for _ in range(1 if self._shown else 1 + self.WINDOW):
-            self._show(thumbnail)
-        self._last = thumbnail
 
-    def finish(self) -> list[int]:
-        """Index of the first frame of every shot but the first."""
-        if self._last is not None:
-            for _ in range(self.WINDOW):
-                self._show(self._last)
-        return sorted(self._cuts)
-
-    def _show(self, thumbnail: np.ndarray) -> None:
-        from scenedetect import FrameTimecode
-
-        cuts = self._detector.process_frame(FrameTimecode(self._shown, fps=1.0), thumbnail)
-        self._cuts |= {cut.frame_num - self.WINDOW for cut in cuts if cut.frame_num > self.WINDOW}
-        self._shown += 1
+def _check_order(last: float, time: float) -> None:
+    if time < last:
+        raise VideoSetAside(f"frames out of order: {time:.3f} s comes after {last:.3f} s; convert it to MP4")
+    if time == last:
+        raise VideoSetAside(f"frames out of order: two of them at {time:.3f} s; convert it to MP4")
+    if np.isfinite(last) and time - last > LONGEST_PAUSE:
+        raise VideoSetAside(f"times cannot be trusted: nothing between {last:.2f} s and {time:.2f} s; convert it to MP4")
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:

@@ -21,46 +21,12 @@ from fw_pipeline.annotate.clips import (
     read_frames,
     video_key,
 )
+from fw_pipeline.annotate.shots import scan
 from fw_pipeline.annotate.types import VideoSetAside
-from fw_pipeline.annotate.video import decode, scan
+from fw_pipeline.annotate.video import decode
+from tests.helpers.made_videos import pan, write
 
 CLIP = ClipConfig(frames=9, fps=12, short_side=32, long_side=64, stride=9)
-TICK = Fraction(1, 12000)
-
-
-def world(seed: int) -> np.ndarray:
-    """A large smooth picture that frames are cut from; strong in brightness, weak in colour, which codecs blur."""
-    rng = np.random.default_rng(seed)
-    noise = 40 + 150 * rng.random((40, 60, 1)) + 20 * rng.random((40, 60, 3))
-    return cv2.resize(noise, (480, 320), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
-
-
-def pan(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Frames [48, 96, 3] of a camera moving right."""
-    return [np.ascontiguousarray(world(seed)[:48, i : i + 96]) for i in range(count)]
-
-
-def write(path, frames, times=None, codec="libx264", gop=6, turns=0, matrix=None, aspect=None, options=None):
-    """Encode frames, by default at 24 fps; `turns` marks the container as to be shown turned counterclockwise."""
-    times = np.arange(len(frames)) / 24 if times is None else times
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=24, options={"crf": "8"})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.bit_rate = 4_000_000  # for codecs without a constant quality
-        stream.pix_fmt, stream.time_base = "yuv420p", TICK
-        stream.codec_context.time_base, stream.codec_context.gop_size = TICK, gop
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
-        if turns:
-            stream.set_display_rotation(90 * turns)
-        if matrix:
-            stream.set_display_matrix(matrix)
-        for time, frame in zip(times, frames, strict=True):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = round(time / TICK), TICK
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    return path
 
 
 def write_audio(path) -> None:
