@@ -17,6 +17,7 @@ import re
 import shutil
 import stat
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,14 @@ def _naming(path: Path) -> Iterator[None]:
         if nameless or (error.filename and _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name)):
             error.filename = str(path)
         raise
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be logged and stored: bytes that are no text and control characters are escaped (`\\udcff`)."""
+    return "".join(ascii(char)[1:-1] if unicodedata.category(char) in ("Cc", "Cs") else char for char in name)
 
 
 # --------------------------------------------------------------------------------------------------------------- locks

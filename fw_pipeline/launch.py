@@ -19,7 +19,7 @@ import dagster as dg
 import yaml
 
 from fw_model.errors import ConfigError, MissingInput, explain_errors
-from fw_pipeline.partitions import LAUNCH, register
+from fw_pipeline.partitions import LAUNCH, register, retire
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Outcome:
     failed: list[str]  # steps, and checks that are errors
     warned: list[str]  # checks that are warnings
     unchecked: list[str] = field(default_factory=list)  # checks that had nothing to look at
+    partly: bool = False  # all that failed are single videos or clips: what follows can go on with the others
 
 
 def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO") -> Outcome:
@@ -44,12 +45,16 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     job, pipeline = defs.resolve_job_def(job_name), PIPELINE.build()  # built first: settings are refused before the run starts
     tags = {}
     if job.partitions_def is not None:
-        tags = register(instance, sorted(pipeline.require_videos()))
+        videos = pipeline.require_videos()
+        if old := retire(instance, videos):
+            print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
+        tags = register(instance, sorted(videos))
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []
     unchecked: list[str] = []
-    failed = [f"{job_name}: {_reason(event)}" for event in result.all_events if event.is_step_failure]
+    failures = [event for event in result.all_events if event.is_step_failure]
+    failed = [f"{job_name}: {_reason(event)}" for event in failures]
     for check in result.get_asset_check_evaluations():
         name = f"{check.asset_key.to_user_string()}: {check.check_name}"
         warning = check.severity == dg.AssetCheckSeverity.WARN
@@ -60,7 +65,16 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
             (unchecked if nothing else warned if warning else failed).append(f"check {name} ({check.description})")
     if not result.success and not failed:
         failed.append(f"{job_name}: failed; see the log above")
-    return Outcome(failed, warned, unchecked)
+    partly = len(failed) == len(failures) and all(map(_of_single_videos, failures))
+    return Outcome(failed, warned, unchecked, partly=bool(failures) and partly)
+
+
+def _of_single_videos(event: dg.DagsterEvent) -> bool:
+    """Whether a step failed for some videos or clips only, with the others finished."""
+    from fw_pipeline.assets.each_video import FAULTS
+
+    said = event.step_failure_data.user_failure_data
+    return said is not None and FAULTS in said.metadata
 
 
 def _reason(event: dg.DagsterEvent) -> str:
@@ -84,7 +98,8 @@ def open_instance() -> dg.DagsterInstance:
 
 @explain_errors
 def main(argv: list[str] | None = None) -> int:
-    """Exits 0 when every job and check passed (warnings aside), 1 at the first job that did not."""
+    """Exits 0 when every job and check passed (warnings aside), else 1, at the first job that failed for more than single
+    videos: what these leave goes on to the next job."""
     from fw_pipeline.jobs import JOBS
 
     parser = argparse.ArgumentParser(prog=LAUNCH, description="Launch jobs for all videos in the folder, in this order.")
@@ -92,14 +107,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=dg.BetaWarning)
     warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+    failed: list[str] = []
     with open_instance() as instance:
         for number, name in enumerate(args.jobs, 1):
             print(f"\n[{number}/{len(args.jobs)}] {name}", flush=True)
-            failed = launch(instance, name).failed
-            if failed:
-                print("\nfailed:\n" + indent("\n".join(failed), "  "), file=sys.stderr)
-                return 1
-    return 0
+            outcome = launch(instance, name)
+            failed += outcome.failed
+            if outcome.failed and not outcome.partly:
+                break
+    if failed:
+        print("\nfailed:\n" + indent("\n".join(failed), "  "), file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

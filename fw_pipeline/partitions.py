@@ -1,12 +1,19 @@
 """One partition per video; the key is `video_key(relative path)`, safe as a file name and in every Dagster tag."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import dagster as dg
 
-video_partitions = dg.DynamicPartitionsDefinition(name="video")
+NAME = "video"
+video_partitions = dg.DynamicPartitionsDefinition(name=NAME)
 # Dagster's names of them are private; a test holds these to its values.
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+
+UNDER_WAY = [
+    status
+    for status in dg.DagsterRunStatus
+    if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+]
 
 LAUNCH = "python -m fw_pipeline.launch"
 
@@ -25,7 +32,22 @@ def range_tags(known: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
 
 def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str]:
     """Add the videos as partitions and return the tags of a run over them."""
-    name = video_partitions.name or "video"
-    tags = range_tags(instance.get_dynamic_partitions(name), keys)
-    instance.add_dynamic_partitions(name, sorted(set(keys) - set(instance.get_dynamic_partitions(name))))
+    known = instance.get_dynamic_partitions(NAME)
+    tags = range_tags(known, keys)
+    instance.add_dynamic_partitions(NAME, sorted(set(keys) - set(known)))
     return tags
+
+
+def gone(instance: dg.DagsterInstance, keys: Collection[str]) -> list[str]:
+    """Partitions whose video is not among `keys`, those in the folder; none while a run is under way, whose range could end
+    with one of them. Results stay on the disk: a video that is put back is a partition again, and up to date."""
+    known = [key for key in instance.get_dynamic_partitions(NAME) if key not in keys]
+    return [] if known and instance.get_runs_count(dg.RunsFilter(statuses=UNDER_WAY)) else known
+
+
+def retire(instance: dg.DagsterInstance, keys: Collection[str]) -> list[str]:
+    """Delete the partitions that are `gone`; returns them."""
+    old = gone(instance, keys)
+    for key in old:
+        instance.delete_dynamic_partition(NAME, key)
+    return old

@@ -68,9 +68,10 @@ def render(folder: Path) -> None:
 
 
 def run_jobs() -> Outcome:
-    """Launch every job in order, up to the first that fails; the warnings of all of them are kept."""
+    """Launch every job in order, up to the first that fails for more than single videos; the warnings of all are kept."""
     from fw_pipeline.jobs import JOBS
 
+    failed: list[str] = []
     warned: list[str] = []
     unchecked: list[str] = []
     with open_instance() as instance:
@@ -79,9 +80,10 @@ def run_jobs() -> Outcome:
             outcome = launch(instance, job.name)
             warned += outcome.warned
             unchecked += outcome.unchecked
-            if outcome.failed:
-                return Outcome(outcome.failed, warned, unchecked)
-    return Outcome([], warned, unchecked)
+            failed += outcome.failed
+            if outcome.failed and not outcome.partly:
+                break
+    return Outcome(failed, warned, unchecked)
 
 
 def summary(settings: Settings) -> dict[str, Any]:

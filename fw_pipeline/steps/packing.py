@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.data.splits import assign_splits
-from fw_model.errors import ANNOTATE_VIDEOS, BUILD_DATASET, MissingInput
+from fw_model.errors import ANNOTATE_VIDEOS, BUILD_DATASET, BadFileError, MissingInput
 from fw_pipeline.annotate.types import Clip, Measured
 from fw_pipeline.steps.pipeline import CODE_VERSION, Pipeline
 from fw_pipeline.steps.results import EncodedClip, EncodedText, FinishedClip, PicturesClip
@@ -28,6 +28,7 @@ class PackResult:
     bytes_written: int = 0
     set_aside: dict[str, str] = field(default_factory=dict)  # clip id or video -> reason
     not_annotated: list[str] = field(default_factory=list)  # videos some step has not finished yet
+    failed: dict[str, str] = field(default_factory=dict)  # clips or videos whose results cannot be read back -> why
 
 
 def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> PackResult:
@@ -38,7 +39,8 @@ def pack(pipeline: Pipeline, progress: Callable[[Iterable[str]], Iterable[str]] 
     """
     result = PackResult()
     ready: dict[str, str] = {}
-    for key, video in pipeline.videos.items():
+    for key in pipeline.videos:
+        video = pipeline.shown(key)
         if any(pipeline.is_stale(step, key) for step in ("clips", "geometry", "depth", "latents")):
             result.not_annotated.append(video)
         else:
@@ -82,13 +84,23 @@ def named(video: str, reason: str) -> str:
 
 
 def _pack_video(pipeline: Pipeline, key: str, clips: list[Clip], split: str, writer: ShardWriter, result: PackResult) -> None:
-    _pack_texts(pipeline, key, writer)
+    """Add or keep the clips of a video. What cannot be read back costs the clip, or with its prompt's embedding the video."""
     source, prompt = _source(pipeline, key), pipeline.prompt_of(key)
+    try:
+        _pack_texts(pipeline, key, writer)
+    except BadFileError as error:
+        result.failed[pipeline.shown(key)] = str(error)
+        return
     for clip in clips:
         if writer.keep(clip.clip_id, split, source, prompt):
             result.kept += 1
         else:
-            writer.add(_record(pipeline, key, clip), split, source)
+            try:
+                record = _record(pipeline, key, clip)
+            except BadFileError as error:
+                result.failed[clip.clip_id] = str(error)
+                continue
+            writer.add(record, split, source)
         result.clips += 1
 
 

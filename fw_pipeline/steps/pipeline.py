@@ -22,7 +22,7 @@ import numpy as np
 from fw_model.config import Preset
 from fw_model.data.online import encode_video
 from fw_model.errors import ANNOTATE_VIDEOS, MissingInput
-from fw_model.files import file_hash, whole_file, write_json
+from fw_model.files import file_hash, printable, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
@@ -49,6 +49,7 @@ from fw_pipeline.steps.store import (
     save_arrays,
     write_done,
 )
+from fw_pipeline.steps.video_files import unreadable
 
 CODE_VERSION = 2  # raise when a step's results change for the same inputs
 _PUT_VIDEOS = "Put videos there, or name a folder that has some: FW_VIDEOS=FOLDER, or make demo VIDEOS=FOLDER"
@@ -66,6 +67,7 @@ class Pipeline:
         self.pictures = self.preset.encode_online()
         self.encoder_ids = self.preset.encoders.identities(self.preset.model.wan.text_len)
         self._hashes: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
 
     @cached_property
     def geometry_engine(self) -> GeometryEngine:
@@ -128,7 +130,7 @@ class Pipeline:
         try:
             if done is None or done.fingerprint != self.fingerprint(step, key):
                 return True
-        except MissingInput:
+        except (MissingInput, OSError):  # of an OSError the step itself will tell
             return True
         return step == "latents" and any(not self.text_file(prompt).is_file() for prompt in self.texts_of(key))
 
@@ -146,12 +148,14 @@ class Pipeline:
         return hashlib.sha256(json.dumps([CODE_VERSION, step, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
     def _clips(self, key: str, folder: Path) -> Done:
-        video = self.videos[key]
-        done = Done(video=video, fingerprint="", made_by=f"clips:{CODE_VERSION}")
+        done = Done(video=self.shown(key), fingerprint="", made_by=f"clips:{CODE_VERSION}")
         try:
+            self._hash(key)
+            if reason := self._unreadable.get(key):
+                raise VideoSetAside(reason)
             clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key)
         except VideoSetAside as error:
-            return done.model_copy(update={"set_aside": str(error)})
+            return done.model_copy(update={"set_aside": printable(str(error))})
         (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
         return done.model_copy(update={"clips": [ClipStatus(clip_id=clip.clip_id) for clip in clips]})
 
@@ -237,11 +241,8 @@ class Pipeline:
         return done.model_copy(update={"clips": statuses})
 
     def misspelt_prompts(self) -> dict[str, str]:
-        """Videos that prompts.csv names and the folder lacks -> where. A file that cannot be read sets videos aside instead."""
-        try:
-            return self.prompts.unknown(set(self.videos.values()))
-        except PromptError:
-            return {}
+        """Videos that tables of prompts name and the folder lacks -> where, and the nearest name there is."""
+        return self.prompts.unknown(self.videos.values())
 
     # ---- reading what is there -------------------------------------------------------------------------------------
 
@@ -263,14 +264,29 @@ class Pipeline:
 
     def video_path(self, key: str) -> Path:
         """The video's file. MissingInput when it is gone."""
+        return self.settings.videos / self._video(key)
+
+    def shown(self, key: str) -> str:
+        """A video's path inside the folder as it can be logged and stored."""
+        return printable(self._video(key))
+
+    def _video(self, key: str) -> str:
         if key not in self.videos:
-            raise MissingInput(f"{key}: its video is no longer in {self.settings.videos}", "Put it back, or delete the partition")
-        return self.settings.videos / self.videos[key]
+            raise MissingInput(
+                f"{key}: its video is no longer in {self.settings.videos}", "Put it back; the next launch retires its partition"
+            )
+        return self.videos[key]
 
     def _hash(self, key: str) -> str:
-        """xxh64 of the video file. It is read again only when its size or time of change is another than when it was read."""
+        """xxh64 of the video file, or why it cannot be read (kept in `_unreadable`), which is tried again by every process.
+
+        It is read again only when its size or time of change is another than when it was read.
+        """
         if key not in self._hashes:
             path, file = self.video_path(key), self.store.hash_of(key)
+            if reason := unreadable(path):
+                self._unreadable[key] = self._hashes[key] = reason
+                return reason
             found = path.stat()
             stamp = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -286,7 +302,7 @@ class Pipeline:
 
     def prompt_of(self, key: str) -> str:
         """A video's prompt. Raises PromptError when it cannot be read."""
-        return self.prompts.of(self.videos[key])
+        return self.prompts.of(self._video(key))
 
     def _prompt_fault(self, key: str) -> str:
         """Why the video's prompt cannot be read; "" when it can."""

@@ -7,6 +7,7 @@
     latents/<video_key>/      <clip_id>.npz (with encode_online: its pictures)
     texts/<digest>.npz        embedding of a prompt by a text encoder, for all videos that share it
     dataset/                  manifest.parquet and shards
+    faults/<step>/<video_key>.json    why a step failed for a video, until it succeeds
     outputs/fantasy_world_<stage>/<id>/    (`RunIdentity.name`) step-N.safetensors, metrics.jsonl, result.json
     reports/<stage>.html
 
@@ -17,19 +18,25 @@ from. Files are the truth: whatever the orchestrator remembers, a step is done w
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import zipfile
+import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fw_model.config import Stage
 from fw_model.errors import ANNOTATE_VIDEOS, BadFileError
-from fw_model.files import whole_folder
+from fw_model.files import printable, whole_folder, write_json
 
 StepName = Literal["clips", "geometry", "depth", "latents"]
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class ClipStatus(BaseModel):
@@ -84,11 +91,33 @@ class Store:
         return self.root / step / _checked(key)
 
     def done(self, step: StepName, key: str) -> Done | None:
-        """The marker of a finished step, or None if the step never finished for this video."""
+        """The marker of a finished step, or None if the step never finished for this video.
+
+        A marker that is damaged or of another version is told in a warning and counts as none: the step is made again.
+        """
         path = self.folder(step, key) / "done.json"
         if not path.is_file():
             return None
-        return Done.model_validate_json(path.read_text(encoding="utf-8"))
+        try:
+            return Done.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            log.warning("%s: damaged or of another version, made again (%s)", path, error.errors()[0]["msg"])
+            return None
+
+    def fault(self, step: StepName, key: str) -> str:
+        """Why a step failed for a video when it was last tried; "" when it did not."""
+        path = self._fault(step, key)
+        return str(json.loads(path.read_text(encoding="utf-8"))["reason"]) if path.is_file() else ""
+
+    def note_fault(self, step: StepName, key: str, reason: str) -> None:
+        """Keep why a step failed for a video; "" when it did not."""
+        if reason:
+            write_json(self._fault(step, key), {"reason": printable(reason)})
+        else:
+            self._fault(step, key).unlink(missing_ok=True)
+
+    def _fault(self, step: StepName, key: str) -> Path:
+        return self.root / "faults" / step / f"{_checked(key)}.json"
 
     def writing(self, step: StepName, key: str) -> AbstractContextManager[Path]:
         """A temporary folder that takes the place of the step's folder when the block ends without an error."""
@@ -113,9 +142,17 @@ def save_arrays(path: Path, value: Any) -> None:
 
 
 def load_arrays(path: Path, kind: type[T]) -> T:
-    """Read a dataclass of arrays back; a missing array is named with its file."""
-    with np.load(path, allow_pickle=False) as data:
-        missing = [f.name for f in dataclasses.fields(kind) if f.name not in data.files]  # type: ignore[arg-type]
-        if missing:
-            raise BadFileError(f"{path}: lacks {', '.join(missing)}", f"Delete {path.parent} and run: {ANNOTATE_VIDEOS}")
-        return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    """Read a dataclass of arrays back. Raises BadFileError for a file that is not there, damaged, or lacks an array."""
+    remedy = f"Delete {path.parent} and run: {ANNOTATE_VIDEOS}"
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            missing = [f.name for f in dataclasses.fields(kind) if f.name not in data.files]  # type: ignore[arg-type]
+            if missing:
+                raise BadFileError(f"{path}: lacks {', '.join(missing)}", remedy)
+            return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    except FileNotFoundError as error:
+        raise BadFileError(f"{path}: is not there", remedy) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        if isinstance(error, BadFileError):
+            raise
+        raise BadFileError(f"{path}: damaged ({error})", remedy) from error
