@@ -101,7 +101,7 @@ def video(tmp_path: Path) -> Path:
 
 def test_frames_are_read_through_the_pinhole_of_a_calibration(video: Path) -> None:
     plain = cut_clips(video, video.parent, CONFIG, "key")[0]
-    (video.parent / "a.camera.json").write_text(json.dumps({"fx": 150, "k1": -0.2}), encoding="utf-8")
+    (video.parent / "a.camera.json").write_text(json.dumps({"fx": 110, "k1": -0.2}), encoding="utf-8")
     calibrated = cut_clips(video, video.parent, CONFIG, "key")[0]
     assert clips_from_json(json.loads(json.dumps(clips_to_json([plain, calibrated])))) == [plain, calibrated]
     assert known_intrinsics(plain, 48, 80) is None
@@ -111,7 +111,7 @@ def test_frames_are_read_through_the_pinhole_of_a_calibration(video: Path) -> No
     assert found is not None
     np.testing.assert_allclose(found[0, 0], pinhole.fx / 2)
     before, after = read_frames(video, plain, 96, 160)[0], read_frames(video, calibrated, 96, 160)[0]
-    assert np.abs(before.astype(int) - after).max() > 8
+    assert np.abs(before.astype(int) - after).max() > 10
     source = before[map_y.round().astype(int), map_x.round().astype(int)]
     assert np.abs(after.astype(int) - source).max() <= 4  # half a pixel of its slope, and rounding
 
