@@ -77,7 +77,8 @@ def ate(w2c_est: Array, w2c_gt: Array) -> float:
 
 
 def rpe(w2c_est: Array, w2c_gt: Array, delta: int = 1) -> tuple[float, float]:
-    """Relative pose error over pairs (t, t + delta), after the Sim(3) scale of the whole path.
+    """Relative pose error over pairs (t, t + delta), after the Sim(3) scale of the whole path: where the later camera stands in
+    the earlier one's axes, as the TUM benchmark defines it.
 
     Returns (RMS translation error as a fraction of the true path's extent, RMS rotation error in degrees).
     """
@@ -88,8 +89,8 @@ def rpe(w2c_est: Array, w2c_gt: Array, delta: int = 1) -> tuple[float, float]:
     extent = _extent(w2c_gt)
     scale = align_sim3(camera_centres(est), camera_centres(gt)).scale
     first, second = np.arange(len(gt) - delta), np.arange(delta, len(gt))
-    rotation_est, translation_est = _relative(est, first, second)
-    rotation_gt, translation_gt = _relative(gt, first, second)
+    rotation_est, translation_est = _relative(est, second, first)
+    rotation_gt, translation_gt = _relative(gt, second, first)
     distance = ((scale * translation_est - translation_gt) ** 2).sum(1)
     angle = _rotation_angle(rotation_est, rotation_gt)
     return float(np.sqrt(distance.mean()) / extent), float(np.sqrt((angle**2).mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,6 +240,23 @@ def test_nothing_valid_gives_nan() -> None:
     nothing = np.zeros(3)
     assert math.isnan(absrel(nothing, nothing, nothing.astype(bool)))
     assert math.isnan(delta125(nothing, nothing, nothing.astype(bool)))
+
+
+def test_path_errors_are_evos_on_a_published_pair_of_paths() -> None:
+    """evo 1.38.1, APE and RPE (all pairs, frames) after `align(correct_scale=True)`: RMSE in metres, and degrees."""
+    rows = np.loadtxt(Path(__file__).parent / "reference" / "freiburg1_xyz_keyframes.txt")
+
+    def world_to_camera(poses: np.ndarray) -> np.ndarray:
+        rotation = Rotation.from_quat(poses[:, 3:]).as_matrix().transpose(0, 2, 1)
+        return np.concatenate([rotation, -rotation @ poses[:, :3, None]], axis=2)
+
+    true, estimated = world_to_camera(rows[:, :7]), world_to_camera(rows[:, 7:])
+    extent = path_extent(true)
+    assert ate(estimated, true) * extent == pytest.approx(0.00975458189868511, rel=1e-6)
+    for delta, metres, degrees in ((1, 0.013834917845974076, 0.8848489597243393), (5, 0.018477869477818393, 1.1156548121495513)):
+        translation, rotation = rpe(estimated, true, delta)
+        assert translation * extent == pytest.approx(metres, rel=1e-6)
+        assert rotation == pytest.approx(degrees, rel=1e-5)
 
 
 @pytest.mark.parametrize("metric", [ate, rpe, relative_pose_errors])
