@@ -184,7 +184,7 @@ def agree(cpu: bool) -> Lines:
             if output.velocity is not None:
                 outputs.append(output.velocity)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            found.append(([x.detach().cpu() for x in outputs], [g.cpu() for g in gradients]))
+            found.append(([x.detach().cpu() for x in outputs], [g.cpu().clone() for g in gradients]))  # .to moves them in place
         (outputs, gradients), (others, other_gradients) = found
         worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(outputs, others, strict=True))
         norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
