@@ -44,6 +44,7 @@ from fw_model.train.checkpoints import (
     load_checkpoint,
     read_metadata,
 )
+from fw_model.train.kernels import exact_float32
 from fw_model.train.losses import make_targets
 from fw_model.train.objective import LOSS_NAMES, SCHEDULE, autocast, base_dtype, fixed_draws, generator_for, predict
 from fw_model.train.run_folder import read_result
@@ -88,6 +89,7 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
     load_checkpoint(checkpoint, model, metadata.stage, metadata.preset)
     model.base.to(base_dtype(metadata.preset.stage(metadata.stage)))  # as it was trained
     model.to(device).eval()
+    exact_float32()
     timesteps = {band: nearest_timestep(share) for band, share in BANDS.items()}
     timestep = timesteps["low"]
     chosen = pick_frames(len(held_out), clips)

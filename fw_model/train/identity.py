@@ -38,6 +38,7 @@ OPERATIONAL = {
     "gradient_checkpointing",
     "offload_optimizer",
     "compile",
+    "attention",
     "sharding",
     "spike_factor",
     "stall_seconds",

@@ -29,6 +29,7 @@ from fw_model.errors import TrainingError
 from fw_model.train.checkpoints import CheckpointMetadata, prune_checkpoints, save_checkpoint, save_state
 from fw_model.train.guards import pass_over, report_spike
 from fw_model.train.identity import run_identity
+from fw_model.train.kernels import attention_kernel
 from fw_model.train.metrics_log import OnMetrics, in_words
 from fw_model.train.objective import LOSS_NAMES, autocast, compute_losses, drop_text, predict, training_draws
 from fw_model.train.optimizers import learning_rate, moments
@@ -88,7 +89,8 @@ def train(
     with locked(output) if accelerator.is_main_process else nullcontext(), _stop_signals() as stop:
         run = build_run(preset, stage, identity, dataset, output, stage1_checkpoint, accelerator, on_metrics)
         try:
-            complete = fit(run, stop)
+            with attention_kernel(run.config.attention):
+                complete = fit(run, stop)
         finally:
             run.batches.close()
         result = _finish(run) if complete else None

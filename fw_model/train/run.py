@@ -30,6 +30,7 @@ from fw_model.train.checkpoints import (
 )
 from fw_model.train.ema import MovingAverage
 from fw_model.train.identity import RunIdentity
+from fw_model.train.kernels import chosen_attention, exact_float32
 from fw_model.train.loading import Batches
 from fw_model.train.metrics_log import MetricsLog, OnMetrics, RunningMean
 from fw_model.train.objective import base_dtype
@@ -116,6 +117,9 @@ def build_run(
     )
     check_claim(output, identity)
     check_optimizer(config, device)
+    attention = chosen_attention(config, preset.model.wan, device)
+    chosen = " (torch's choice)" if config.attention == "auto" else ""
+    log.info("attention: %s%s on %s; blocks %scompiled", attention, chosen, device_name(device), "" if config.compile else "not ")
     clips, validation_clips = open_dataset(dataset, preset, stage, device)
     sampler = ResumableBucketSampler(
         *(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed),
@@ -209,6 +213,7 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     The base gets the dtype of the computation (it never trains); all else stays float32. With `sharding: fsdp` the model's
     parameters are replaced, so hold on to none of before.
     """
+    exact_float32()
     model.set_stage(stage, config.train_geometry)
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
     model.base.to(base_dtype(config))
@@ -219,6 +224,10 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     if config.sharding == "fsdp" and accelerator.num_processes > 1:
         return shard(model, data_mesh(accelerator.device, accelerator.num_processes))
     return accelerator.prepare(model)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_accelerator(config: StageConfig, output: Path) -> Accelerator:
