@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     )
     parser.add_argument("--output", type=Path, help="folder for checkpoints, state and metrics (outputs/fantasy_world_STAGE)")
     parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the result in outputs/fantasy_world_stage1)")
+    parser.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a checkpoint of the same stage")
+    parser.add_argument(
+        "--resume-as-new", type=Path, metavar="DIR", help="go on from the newest state of the run in DIR, as a new run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")
     args = parser.parse_intermixed_args(argv)
     main_process = os.environ.get("RANK", "0") == "0"
@@ -58,9 +62,11 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     try:
         preset = load_preset(args.preset, args.overrides, args.config)
         stage1 = args.stage1_checkpoint
-        if args.stage == "stage2" and stage1 is None:
+        if args.stage == "stage2" and stage1 is None and args.init_from is None:
             stage1 = stage1_result(default_output("stage1"))
-        train(preset, args.stage, args.dataset, args.output or default_output(args.stage), stage1, on_metrics)
+        output = args.output or default_output(args.stage)
+        start = {"init_from": args.init_from, "resume_as_new": args.resume_as_new}
+        train(preset, args.stage, args.dataset, output, stage1, on_metrics, **start)
     except Interrupted as stopped:
         log.warning("%s", stopped)
         code = EXIT_INTERRUPTED

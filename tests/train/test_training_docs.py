@@ -40,7 +40,7 @@ class Reached(Exception):
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `fw_model.train` was asked to do, instead of doing it."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(command_line, "train", lambda *args: calls.append(args))
+    monkeypatch.setattr(command_line, "train", lambda *args, **_: calls.append(args))
     return calls
 
 
@@ -70,6 +70,8 @@ def test_every_command_line_of_the_page_parses(
             monkeypatch.setattr(describe, "describe", _reached)
             with pytest.raises(Reached):
                 describe.main(rest)
+        case ["python", "-m", "fw_model.train", *rest]:
+            assert command_line.main(rest) == 0
         case ["python", script, *options]:
             assert all(f'"{option}"' in (ROOT / script).read_text(encoding="utf-8") for option in options)
         case ["make", target]:
