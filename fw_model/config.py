@@ -17,6 +17,7 @@ from fw_model.errors import ConfigError
 from fw_model.preset_files import read_layers
 
 Stage = Literal["stage1", "stage2"]
+AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 Dynamic = Literal["keep", "exclude"]
 TimestepChoice = Literal["shifted", "uniform", "mixed"]
 
@@ -259,6 +260,7 @@ class StageConfig(Config):
     augment: AugmentConfig | None = None  # of the training clips; with encode_online only
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are kept in float32
     gradient_checkpointing: bool = True
+    attention: AttentionChoice = "auto"  # the kernel of all attention; auto: torch chooses, and the log says what
     compile: bool = False  # torch.compile of every base and GeoDiT block
     sharding: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients and moments are shared out over the processes
     timesteps: TimestepChoice = "shifted"  # as the base was trained; uniform in sigma; mixed: half of each

@@ -26,6 +26,7 @@ from fw_model.config import Stage, load_preset
 from fw_model.errors import Explained, TrainingError, explain_errors
 from fw_model.train.loop import EXIT_INTERRUPTED, Interrupted, train
 from fw_model.train.metrics_log import OnMetrics
+from fw_model.train.out_of_memory import explain_out_of_memory
 from fw_model.train.run_folder import stage1_result
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     )
     parser.add_argument("--output", type=Path, help="folder for checkpoints, state and metrics (outputs/fantasy_world_STAGE)")
     parser.add_argument("--stage1-checkpoint", type=Path, help="stage 2 starts here (the result in outputs/fantasy_world_stage1)")
+    parser.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a checkpoint of the same stage")
+    parser.add_argument(
+        "--resume-as-new", type=Path, metavar="DIR", help="go on from the newest state of the run in DIR, as a new run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted preset keys, e.g. stage1.steps=100")
     args = parser.parse_intermixed_args(argv)
     main_process = os.environ.get("RANK", "0") == "0"
@@ -58,12 +63,16 @@ def main(argv: Sequence[str] | None = None, on_metrics: OnMetrics | None = None)
     try:
         preset = load_preset(args.preset, args.overrides, args.config)
         stage1 = args.stage1_checkpoint
-        if args.stage == "stage2" and stage1 is None:
+        if args.stage == "stage2" and stage1 is None and args.init_from is None:
             stage1 = stage1_result(default_output("stage1"))
-        train(preset, args.stage, args.dataset, args.output or default_output(args.stage), stage1, on_metrics)
+        output = args.output or default_output(args.stage)
+        start = {"init_from": args.init_from, "resume_as_new": args.resume_as_new}
+        train(preset, args.stage, args.dataset, output, stage1, on_metrics, **start)
     except Interrupted as stopped:
         log.warning("%s", stopped)
         code = EXIT_INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(error, preset, args.stage, int(os.environ.get("WORLD_SIZE", "1"))) from error
     except RuntimeError as error:
         if not isinstance(error, Explained) and torch.distributed.is_initialized() and (reason := lost_process(error)):
             raise TrainingError(

@@ -42,7 +42,8 @@ def pass_over(run: Run, parts: Parts, means: dict[str, float], norm: float) -> T
         return None
     return TrainingError(
         f"{what}\nThat is more than max_skipped={config.max_skipped} such steps. The state is saved. Look at these clips, "
-        f"start anew with a lower {run.stage}.learning_rate, or go on with a higher {run.stage}.max_skipped"
+        f"go on from here with a lower {run.stage}.learning_rate (--resume-as-new {run.output} --output ANOTHER), or in the same "
+        f"run with a higher {run.stage}.max_skipped"
     )
 
 

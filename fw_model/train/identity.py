@@ -38,6 +38,7 @@ OPERATIONAL = {
     "gradient_checkpointing",
     "offload_optimizer",
     "compile",
+    "attention",
     "sharding",
     "spike_factor",
     "stall_seconds",
@@ -66,7 +67,14 @@ class RunIdentity:
         return f"{self.config_digest}-{self.dataset_digest}"
 
 
-def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: CheckpointMetadata | None = None) -> RunIdentity:
+def run_identity(
+    preset: Preset,
+    stage: Stage,
+    dataset_digest: str,
+    stage1: CheckpointMetadata | None = None,
+    init_from: CheckpointMetadata | None = None,
+    branched_from: str | None = None,
+) -> RunIdentity:
     """The identity of a run.
 
     Args:
@@ -76,6 +84,8 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
         stage: "stage1" or "stage2".
         dataset_digest: of the manifest.
         stage1: header of the checkpoint that stage 2 starts from.
+        init_from: header of a checkpoint of the same stage to start from.
+        branched_from: names the state of another run to go on from; see `starting.branch_point`.
     """
     knobs = preset.stage(stage).model_dump(mode="json", exclude=OPERATIONAL)
     if stage == "stage1":
@@ -87,6 +97,10 @@ def run_identity(preset: Preset, stage: Stage, dataset_digest: str, stage1: Chec
         stage: knobs,
         "stage1_checkpoint": stage1.identity if stage1 else None,
     }
+    if init_from is not None:
+        sections["init_from"] = init_from.identity
+    if branched_from is not None:
+        sections["branched_from"] = branched_from
     if preset.stage(stage).encode_online:
         identities = preset.encoders.identities(preset.model.wan.text_len)
         sections |= {"encoders": identities, "clip": {"frames": preset.clip.frames}}

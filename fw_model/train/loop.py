@@ -29,10 +29,11 @@ from fw_model.errors import TrainingError
 from fw_model.train.checkpoints import CheckpointMetadata, prune_checkpoints, save_checkpoint, save_state
 from fw_model.train.guards import pass_over, report_spike
 from fw_model.train.identity import run_identity
+from fw_model.train.kernels import attention_kernel
 from fw_model.train.metrics_log import OnMetrics, in_words
 from fw_model.train.objective import LOSS_NAMES, autocast, compute_losses, drop_text, predict, training_draws
 from fw_model.train.optimizers import learning_rate, moments
-from fw_model.train.run import Run, build_run, make_accelerator
+from fw_model.train.run import Run, Start, build_run, make_accelerator
 from fw_model.train.run_folder import (
     TrainResult,
     check_stage1_checkpoint,
@@ -42,6 +43,7 @@ from fw_model.train.run_folder import (
     write_result,
 )
 from fw_model.train.sharding import whole_on_main
+from fw_model.train.starting import branch_point, check_init_from
 from fw_model.train.validation import validate
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ def train(
     output: Path,
     stage1_checkpoint: Path | None = None,
     on_metrics: OnMetrics | None = None,
+    *,
+    init_from: Path | None = None,
+    resume_as_new: Path | None = None,
 ) -> TrainResult:
     """Train a stage, or go on training it.
 
@@ -70,6 +75,8 @@ def train(
         output: folder for checkpoints, state and metrics; see `fw_model.train.run_folder`.
         stage1_checkpoint: where stage 2 starts; stage 1 takes none.
         on_metrics: called on the main process with every line of `metrics.jsonl` as it is written.
+        init_from: checkpoint of the same stage whose weights it starts from; stage 2 then takes no stage 1 checkpoint.
+        resume_as_new: output folder of another run, from whose newest state this one goes on with what differs.
 
     Raises:
         TrainingError: something missing or unfit, found before any model is built; an output folder of another run; too
@@ -79,16 +86,22 @@ def train(
     """
     if stage == "stage1" and stage1_checkpoint is not None:
         raise TrainingError("stage 1 starts from the base; a stage 1 checkpoint is for stage 2")
-    stage1 = check_stage1_checkpoint(stage1_checkpoint, preset) if stage == "stage2" else None
-    identity = run_identity(preset, stage, dataset_digest(dataset), stage1)
+    if init_from is not None and stage1_checkpoint is not None:
+        raise TrainingError("stage 2 starts from one file: --stage1-checkpoint, or a stage 2 checkpoint with --init-from")
+    initial = check_init_from(init_from, preset, stage) if init_from is not None else None
+    stage1 = check_stage1_checkpoint(stage1_checkpoint, preset) if stage == "stage2" and initial is None else None
+    point = branch_point(resume_as_new, output) if resume_as_new is not None else None
+    identity = run_identity(preset, stage, dataset_digest(dataset), stage1, initial, point)
     if (result := finished(output, identity)) is not None:
         log.info("%s is complete: step %d, %s", output, result.steps, result.checkpoint)
         return result
     accelerator = make_accelerator(preset.stage(stage), output)
     with locked(output) if accelerator.is_main_process else nullcontext(), _stop_signals() as stop:
-        run = build_run(preset, stage, identity, dataset, output, stage1_checkpoint, accelerator, on_metrics)
+        start = Start(stage1_checkpoint or init_from, resume_as_new)
+        run = build_run(preset, stage, identity, dataset, output, start, accelerator, on_metrics)
         try:
-            complete = fit(run, stop)
+            with attention_kernel(run.config.attention):
+                complete = fit(run, stop)
         finally:
             run.batches.close()
         result = _finish(run) if complete else None

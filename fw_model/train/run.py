@@ -30,12 +30,14 @@ from fw_model.train.checkpoints import (
 )
 from fw_model.train.ema import MovingAverage
 from fw_model.train.identity import RunIdentity
+from fw_model.train.kernels import chosen_attention
 from fw_model.train.loading import Batches
 from fw_model.train.metrics_log import MetricsLog, OnMetrics, RunningMean
 from fw_model.train.objective import base_dtype
 from fw_model.train.optimizers import check_optimizer, make_optimizer
 from fw_model.train.run_folder import base_hash, check_base_hash, check_claim, claim
 from fw_model.train.sharding import data_mesh, shard
+from fw_model.train.starting import branch
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +95,21 @@ class Run:
         return self.checkpoint.with_suffix(".ema.safetensors")
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a new run starts; without either from the base."""
+
+    checkpoint: Path | None  # of stage 1 for stage 2, or of the same stage
+    branch: Path | None  # output folder of another run
+
+
 def build_run(
     preset: Preset,
     stage: Stage,
     identity: RunIdentity,
     dataset: str | Path,
     output: Path,
-    stage1_checkpoint: Path | None,
+    start: Start,
     accelerator: Accelerator,
     on_metrics: OnMetrics | None,
 ) -> Run:
@@ -116,27 +126,34 @@ def build_run(
     )
     check_claim(output, identity)
     check_optimizer(config, device)
+    attention = chosen_attention(config, preset.model.wan, device)
+    chosen = " (torch's choice)" if config.attention == "auto" else ""
+    log.info("attention: %s%s on %s; blocks %scompiled", attention, chosen, device_name(device), "" if config.compile else "not ")
     clips, validation_clips = open_dataset(dataset, preset, stage, device)
     sampler = ResumableBucketSampler(
         *(clips.buckets, config.global_batch, config.batch_per_device, rank, world, config.seed),
         tell_epoch=config.augment is not None,
     )
+    if start.branch is not None and accelerator.is_main_process:
+        branch(start.branch, output, identity)
+    accelerator.wait_for_everyone()
     state = latest_state(output / "state")
     progress = Progress()
     if state is not None:
         saved = read_progress(state)
-        sampler.load_state_dict(saved["sampler"])
+        if saved["sampler"] is not None:  # a branch with its clips in another order begins it
+            sampler.load_state_dict(saved["sampler"])
         progress = Progress.from_json(saved["progress"])
 
     # One process of a machine reads the base's files; what they hold is compared over machines.
     base = base_hash(preset.base, contents=accelerator.is_local_main_process)
     base = _check_same_everywhere(output, (progress.step, identity.config_digest, identity.dataset_digest, base))
-    if stage1_checkpoint is not None:
-        check_base_hash(stage1_checkpoint, read_metadata(stage1_checkpoint), base)
+    if start.checkpoint is not None:
+        check_base_hash(start.checkpoint, read_metadata(start.checkpoint), base)
 
     model = FantasyWorld.from_preset(preset, stage)
-    if stage1_checkpoint is not None:
-        load_checkpoint(stage1_checkpoint, model, "stage1", preset)
+    if start.checkpoint is not None:
+        load_checkpoint(start.checkpoint, model, read_metadata(start.checkpoint).stage, preset)
     wrapped = place(model, stage, config, accelerator)
     stored = checkpoint_parameters(model, stage)
     model.set_stage(stage, config.train_geometry)
@@ -219,6 +236,10 @@ def place(model: FantasyWorld, stage: Stage, config: StageConfig, accelerator: A
     if config.sharding == "fsdp" and accelerator.num_processes > 1:
         return shard(model, data_mesh(accelerator.device, accelerator.num_processes))
     return accelerator.prepare(model)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_accelerator(config: StageConfig, output: Path) -> Accelerator:

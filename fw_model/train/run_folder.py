@@ -13,7 +13,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
@@ -106,7 +106,10 @@ def check_stage1_checkpoint(path: Path | None, preset: Preset) -> CheckpointMeta
 
 
 def check_claim(output: Path, identity: RunIdentity) -> None:
-    """Raise TrainingError if `output` holds another run; every key that differs is named with both values."""
+    """Raise TrainingError if `output` holds another run; every key that differs is named with both values.
+
+    More steps under a constant learning rate are the same run, which goes on: no step depends on how many follow.
+    """
     path = output / "run.json"
     if not path.is_file():
         if latest_state(output / "state") or (output / "result.json").exists():
@@ -118,10 +121,25 @@ def check_claim(output: Path, identity: RunIdentity) -> None:
         for k in sorted({*theirs, *ours})
         if theirs.get(k) != ours.get(k)
     ]
-    if differing:
+    if _grown(theirs, ours, identity.stage):
+        log.info("%s: the run grows: %s", output, differing[0])
+    elif differing:
         raise TrainingError(
-            f"{output} holds another run:\n  " + "\n  ".join(differing) + "\nGive another --output, or remove that folder"
+            f"{output} holds another run:\n  " + "\n  ".join(differing) + "\nGive another --output (with --resume-as-new "
+            f"{output} it goes on from this run's newest state), or remove that folder"
         )
+
+
+def _grown(theirs: dict[str, Any], ours: dict[str, Any], stage: Stage) -> bool:
+    steps = f"config.{stage}.steps"
+    same = {**theirs, steps: 0} == {**ours, steps: 0} and ours[f"config.{stage}.lr_schedule"] == "constant"
+    return same and theirs[steps] < ours[steps]
+
+
+def read_identity(output: Path) -> RunIdentity | None:
+    """Whose folder this is, None where no run has claimed it."""
+    path = output / "run.json"
+    return RunIdentity(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def claim(output: Path, identity: RunIdentity) -> None:

@@ -40,7 +40,7 @@ class Reached(Exception):
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `fw_model.train` was asked to do, instead of doing it."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(command_line, "train", lambda *args: calls.append(args))
+    monkeypatch.setattr(command_line, "train", lambda *args, **_: calls.append(args))
     return calls
 
 
@@ -70,6 +70,8 @@ def test_every_command_line_of_the_page_parses(
             monkeypatch.setattr(describe, "describe", _reached)
             with pytest.raises(Reached):
                 describe.main(rest)
+        case ["python", "-m", "fw_model.train", *rest]:
+            assert command_line.main(rest) == 0
         case ["python", script, *options]:
             assert all(f'"{option}"' in (ROOT / script).read_text(encoding="utf-8") for option in options)
         case ["make", target]:
@@ -150,12 +152,22 @@ def test_launch_files_load(name: str, machines: int, processes: int) -> None:
     assert f"docs/launch/{name}.yaml" in comment
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
-def test_slurm_script_starts_every_rank_and_requeues_only_what_was_stopped(code: int, requeued: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [(0, 400, False), (1, 200, False), (1, 1000, True), (75, 200, True), (137, 200, False), (137, 1000, True)],
+)
+@pytest.mark.parametrize("output", [[], ["--output", "runs/b c"]])
+def test_slurm_script_starts_every_rank_and_requeues_what_was_stopped_or_failed_after_a_newer_state(
+    code: int, state: int, requeued: bool, output: list[str], tmp_path: Path
+) -> None:
     """srun, scontrol and python are stand-ins; the script is the real one."""
+    states = tmp_path / (output[1] if output else "outputs/fantasy_world_stage1") / "state"
+    (states / "step-200").mkdir(parents=True)
+    (states / ".step-9000.tmp").mkdir()
     programs = {
         "scontrol": f'if [ "$1" = show ]; then echo node-a; echo node-b; else echo "$@" >> {tmp_path}/requeue; fi',
-        "srun": "while [[ $1 == --* ]]; do shift; done\n"
+        "srun": f'echo "$1" > {tmp_path}/cpus; mkdir -p "{states}/step-{state}"\n'
+        "while [[ $1 == --* ]]; do shift; done\n"
         'for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@"; done\n'
         f"exit {code}",
         "python": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" >> {tmp_path}/started',
@@ -165,9 +177,9 @@ def test_slurm_script_starts_every_rank_and_requeues_only_what_was_stopped(code:
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_CPUS_PER_TASK": "8"}
     done = subprocess.run(
-        ["bash", str(LAUNCH / "train.slurm"), "--stage", "stage1", "a=b c"],
+        ["bash", str(LAUNCH / "train.slurm"), "--stage", "stage1", *output, "a=b c"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -175,8 +187,11 @@ def test_slurm_script_starts_every_rank_and_requeues_only_what_was_stopped(code:
     )
     assert done.returncode == code, done.stderr
     started = (tmp_path / "started").read_text().splitlines()
-    assert started == [f"{rank} {rank} 2 node-a:29500 -m fw_model.train --stage stage1 a=b c" for rank in (0, 1)]
+    assert started == [
+        f"{rank} {rank} 2 node-a:29500 -m fw_model.train {' '.join(['--stage stage1', *output])} a=b c" for rank in (0, 1)
+    ]
     assert (tmp_path / "requeue").exists() == requeued
+    assert (tmp_path / "cpus").read_text() == "--cpus-per-task=8\n"
 
 
 def test_slurm_script_asks_for_a_process_per_gpu() -> None:
