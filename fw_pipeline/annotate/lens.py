@@ -160,11 +160,14 @@ class Lens:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+CALIBRATION_ENDINGS = (".camera.json", ".cameras.txt", ".transforms.json")  # behind a video's name without its own
+CALIBRATIONS = ("cameras.txt", "transforms.json")  # of all videos in a folder
+
+
 def calibration_files(video: Path) -> list[Path]:
     """The files beside a video that may hold its calibration, in the order in which they count; see FORMATS."""
-    stem, folder = video.stem, video.parent
-    names = (f"{stem}.camera.json", f"{stem}.cameras.txt", f"{stem}.transforms.json", "cameras.txt", "transforms.json")
-    return [folder / name for name in names if (folder / name).is_file()]
+    names = (*(video.stem + ending for ending in CALIBRATION_ENDINGS), *CALIBRATIONS)
+    return [path for name in names if (path := video.with_name(name)).is_file()]
 
 
 def read_calibration(video: Path, height: int, width: int) -> Lens | None:
