@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from fw_model.config import ModelConfig, Stage, WanConfig
@@ -117,6 +118,29 @@ class _Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@contextmanager
+def float32_of_cuda() -> Iterator[None]:
+    """Under autocast CUDA runs these in float32, where a CPU stays in bfloat16; a step's largest temporaries are theirs.
+
+    (A TorchFunctionMode would do, but is off while a backward pass recomputes.)
+    """
+    names = ("interpolate", "layer_norm", "rms_norm")
+    plain = {name: getattr(F, name) for name in names}
+
+    def run(name: str, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, kwargs))
+        return plain[name](*args, **kwargs)
+
+    try:
+        for name in names:
+            setattr(F, name, partial(run, name))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(F, name, function)
+
+
 def trace_step(
     config: ModelConfig,
     stage: Stage,
@@ -136,7 +160,8 @@ def trace_step(
         stage: what runs and trains.
         size: the batch.
         checkpointing: recompute activations block by block.
-        bfloat16: the base is stored in bfloat16 and the step runs under autocast; otherwise all is float32.
+        bfloat16: the base is stored in bfloat16 and the step runs under autocast, with the float32 functions of CUDA's; otherwise
+            all is float32.
         float32_products: with `bfloat16`, no autocast, and the base computes as after `compute_in_float32`.
         train_geometry: as for `FantasyWorld.set_stage`.
         held_gradients: all gradients are there from the start, as in every micro-batch after the first and with DDP's buckets.
@@ -158,7 +183,7 @@ def trace_step(
             change(world)
         parameters = list(world.parameters())
         weights = _bytes(parameters)
-        with _Meter() as meter:
+        with float32_of_cuda(), _Meter() as meter:
             for parameter in parameters:
                 meter.add(parameter)
                 if held_gradients and parameter.requires_grad:

@@ -62,6 +62,8 @@ class FantasyWorld(nn.Module):
         The new weights are undefined until `initialise`; `from_preset` does both.
         """
         super().__init__()
+        # cuDNN's default, TF32, keeps 10 of 23 bits: heads and camera say float32 where it matters, all else is bfloat16 anyway.
+        torch.backends.cudnn.allow_tf32 = False
         wan, geometry = config.wan, config.geometry
         self.config = config
         self.base = base if base is not None else WanBackbone(wan)

@@ -6,13 +6,22 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fw_model.config import GeometryConfig, ModelConfig, Stage, WanConfig, load_preset
 from fw_model.describe import __main__ as describe
 from fw_model.describe import full_size, memory_plan
 from fw_model.describe.full_size import AdamWInBackward
 from fw_model.describe.memory_plan import choose_optimizer, encoder_bytes, make_plans, static_bytes
-from fw_model.describe.step_trace import ClipSize, StepTrace, compute_in_float32, measured_peak, step_inputs, trace_step
+from fw_model.describe.step_trace import (
+    ClipSize,
+    StepTrace,
+    compute_in_float32,
+    float32_of_cuda,
+    measured_peak,
+    step_inputs,
+    trace_step,
+)
 from fw_model.model.backbone import WanBackbone
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.flow import diffusion_loss
@@ -257,3 +266,25 @@ def test_the_full_size_command_steps_both_stages(
     assert found["stage1"]["optimizer"] == found["stage2"]["optimizer"] == ("adamw" if limit == 20 else "adamw in backward")
     assert 0 < found["stage1"]["peak_gib"] <= found["stage2"]["peak_gib"] <= found["peak_gib"]
     assert out[0].startswith(f"plan for stage1 in {limit:g} GiB: adamw ")
+
+
+def test_the_trace_resizes_and_normalises_in_float32_as_cuda_does_under_autocast() -> None:
+    """Without it plans were up to 5 % below an H200's peaks."""
+    x = torch.ones(1, 4, 8, 8, dtype=torch.bfloat16)
+
+    def dtypes() -> list[torch.dtype]:
+        return [F.interpolate(x, (16, 16), mode="bilinear").dtype, F.layer_norm(x, (8,)).dtype, torch.nn.RMSNorm(8)(x).dtype]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = dtypes()
+        with float32_of_cuda():
+            assert dtypes() == [torch.float32] * 3
+        assert dtypes() == before
+    with float32_of_cuda():
+        assert F.interpolate(x, (16, 16)).dtype == torch.bfloat16  # no autocast
+
+
+def test_float32_convolutions_are_not_rounded_to_tf32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    FantasyWorld.from_preset(load_preset("tiny"))
+    assert not torch.backends.cudnn.allow_tf32
