@@ -47,10 +47,11 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     tags = {}
     if job.partitions_def is not None:
         videos = pipeline.require_videos()
-        if old := retire(instance, videos):
-            print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
         inventory = take_inventory(pipeline.settings)
         print("\n".join(inventory.lines()), flush=True)
+        # Videos in a folder that cannot be read now are not gone.
+        if not inventory.listing.closed and (old := retire(instance, videos)):
+            print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
         tags = register(instance, sorted(videos)) | inventory_tags(inventory)
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)

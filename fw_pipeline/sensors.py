@@ -19,7 +19,8 @@ def new_videos(context: dg.SensorEvaluationContext, pipeline: PipelineResource) 
     The cursor holds what was seen at the last tick and what has been launched. One run takes all of a tick's videos; it
     skips those that are up to date. Videos that are gone retire their partitions.
     """
-    from fw_pipeline.annotate.clips import find_videos, video_key
+    from fw_pipeline.annotate.clips import video_key
+    from fw_pipeline.annotate.folder import list_folder
     from fw_pipeline.steps.inventory import take_inventory
 
     settings = pipeline.settings()
@@ -28,13 +29,15 @@ def new_videos(context: dg.SensorEvaluationContext, pipeline: PipelineResource) 
         return dg.SkipReason(f"no videos folder at {folder}")
     state = json.loads(context.cursor) if context.cursor else {"seen": {}, "launched": {}}
     seen: dict[str, list[int]] = {}
-    for path in find_videos(folder, settings.linked_folders):
+    listing = list_folder(folder, settings.linked_folders)
+    for path in listing.videos:
         seen[video_key(path)] = state_of(folder / path)
     stable = {key: value for key, value in seen.items() if state["seen"].get(key) == value}
     fresh = sorted(key for key, value in stable.items() if state["launched"].get(key) != value)
     launched = {key: value for key, value in state["launched"].items() if key in seen} | {key: stable[key] for key in fresh}
     cursor = json.dumps({"seen": seen, "launched": launched}, sort_keys=True)
-    retired = [video_partitions.build_delete_request(old)] if (old := gone(context.instance, seen)) else []
+    old = [] if listing.closed else gone(context.instance, seen)  # videos in a folder that cannot be read now are not gone
+    retired = [video_partitions.build_delete_request(old)] if old else []
     if not fresh:
         idle = f"no new video in {folder} ({len(seen)} known)"
         return dg.SensorResult(skip_reason=idle, cursor=cursor, dynamic_partitions_requests=retired)

@@ -13,7 +13,7 @@ from fw_model.model.encoders import Encoders
 from fw_pipeline.guide_layout import importer
 from fw_pipeline.guide_layout.check import check_sample
 from fw_pipeline.guide_layout.conventions import FLIP, inverse, require_given_rows
-from fw_pipeline.guide_layout.far import far_value
+from fw_pipeline.guide_layout.far import far_value, near
 from fw_pipeline.guide_layout.finish import GuideClip, finish, windows
 from fw_pipeline.guide_layout.metadata import Entry, SampleError, read_metadata
 from fw_pipeline.guide_layout.row_times import frames_of
@@ -111,6 +111,19 @@ def test_integers_at_the_end_of_their_range_are_unknown(tmp_path: Path) -> None:
     wanted, found = made_clip(tmp_path / "without"), made_clip(tmp_path / "with")
     assert found.scale == pytest.approx(wanted.scale, rel=1e-4)
     assert found.quality["valid_fraction"] == wanted.quality["valid_fraction"]
+
+
+def test_what_is_far_is_told_in_a_single_map_too() -> None:
+    """A camera that stands still: no other frame says that the largest value is one that was filled in."""
+    for nothing, kind in ((1e10, np.float64), (1e4, np.float32), (np.inf, np.float32), (np.nan, np.float32), (0, np.float32)):
+        assert near(np.array([[1, 2, 3], [4, 5, nothing]], kind)).tolist() == [[True] * 3, [True, True, False]]
+    for kind in (np.uint8, np.uint16, np.int32):
+        top = np.iinfo(kind).max
+        assert near(np.array([[top // 4, top // 3, top // 2], [top - 2, top - 1, top]], kind)).tolist() == [
+            [True] * 3,
+            [True, True, False],
+        ]
+    assert near(np.array([[1.0, 900.0]])).all()  # a mountain
 
 
 def test_a_wall_that_keeps_its_distance_is_no_sky() -> None:

@@ -16,6 +16,7 @@ from fw_model.errors import MissingInput
 from fw_pipeline import inventory
 from fw_pipeline.annotate.clips import cut_clips, find_videos, read_frames, video_key
 from fw_pipeline.annotate.folder import Links, list_folder
+from fw_pipeline.annotate.lens import calibration_files
 from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.video import decode
 from fw_pipeline.steps.inventory import equal_bytes, take_inventory
@@ -105,6 +106,8 @@ def test_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
     put(root, unicodedata.normalize("NFD", "café.mp4"))
     put(root, unicodedata.normalize("NFC", "café.txt"), content=b"a cafe")
     assert counts(root) == {"videos": 1, "with a prompt": 1}
+    put(root, unicodedata.normalize("NFC", "café.camera.json"))
+    assert len(calibration_files(root / find_videos(root)[0])) == 1
 
 
 # ---- links
