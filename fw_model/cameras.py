@@ -234,14 +234,32 @@ def read_pose_file(
     """Read a pose file into float32 cameras with intrinsics in pixels of a height x width image, the source's by default.
 
     An optional first line that is blank, a url or a `#` comment; then per frame 19 numbers `t fx fy cx cy 0 0` + w2c
-    row-major with intrinsics normalised by the source's size, or 12 (w2c) or 16 (4 x 4) numbers, which get `DEFAULT_LENS`.
+    row-major, with spaces or commas between them and intrinsics normalised by the source's size, or 12 (w2c) or 16 (4 x 4)
+    numbers, which get `DEFAULT_LENS`.
     Where the source is wider than the target, it is taken as resized to the target's height and cropped in width (fx grows),
     else the other way round: the base model's rule. Poses stay as they are in the file, frame 0 need not be the identity.
 
     Raises PoseFileError, naming the line, for anything else; FileNotFoundError when there is no such file.
     """
+    numbered = pose_rows(path)
+    rows = [_parse_row(f"{path}:{line}", fields) for line, fields in numbered]
+    counts = [count for count, _, _ in rows]
+    for (line, _), count in zip(numbered, counts, strict=True):
+        if count != counts[0]:
+            raise PoseFileError(f"{path}:{line}: {count} numbers, but the rows before have {counts[0]}")
+    lens = torch.tensor([lens for _, lens, _ in rows], dtype=torch.float64)
+    poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64)
+    cameras = with_lens(poses.float().unflatten(-1, (3, 4)), lens, source_height, source_width)
+    return cameras.resized(height or source_height, width or source_width)
+
+
+def pose_rows(path: str | Path) -> list[tuple[int, list[str]]]:
+    """(number of the line, its fields) of every row of a pose file, below its header; a byte order mark is no part of it.
+
+    Raises PoseFileError for a file that is no text or has no rows, FileNotFoundError when there is no such file.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise PoseFileError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
     while lines and not lines[-1].strip():
@@ -249,15 +267,7 @@ def read_pose_file(
     header = bool(lines) and _is_header(lines[0])
     if len(lines) == header:
         raise PoseFileError(f"{path}: no poses in the file")
-    rows = [_parse_row(f"{path}:{i}", line.split()) for i, line in enumerate(lines[header:], start=1 + header)]
-    counts = [count for count, _, _ in rows]
-    for i, count in enumerate(counts):
-        if count != counts[0]:
-            raise PoseFileError(f"{path}:{i + 1 + header}: {count} numbers, but the rows before have {counts[0]}")
-    lens = torch.tensor([lens for _, lens, _ in rows], dtype=torch.float64)
-    poses = torch.tensor([pose for _, _, pose in rows], dtype=torch.float64)
-    cameras = with_lens(poses.float().unflatten(-1, (3, 4)), lens, source_height, source_width)
-    return cameras.resized(height or source_height, width or source_width)
+    return [(i, line.replace(",", " ").split()) for i, line in enumerate(lines[header:], start=1 + header)]
 
 
 def write_pose_file(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from fw_model.errors import ConfigError
+from fw_model.errors import ConfigError, did_you_mean
 from fw_model.preset_files import read_layers
 
 Stage = Literal["stage1", "stage2"]
@@ -352,5 +353,19 @@ def parse_preset(raw: dict[str, Any], where: str = "preset") -> Preset:
     try:
         return Preset.model_validate(raw)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(whole)'}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(whole)'}: {e['msg']}{_nearest(e)}" for e in error.errors()]
         raise ConfigError(f"{where}: not a valid preset\n" + "\n".join(lines)) from error
+
+
+def _nearest(error: ErrorDetails) -> str:
+    """The key that was meant, where an error is about one that does not exist."""
+    if error["type"] != "extra_forbidden":
+        return ""
+    *above, key = error["loc"]
+    place: Any = Preset
+    for part in above:
+        kinds = [place.model_fields[str(part)].annotation, *get_args(place.model_fields[str(part)].annotation)]
+        place = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+        if place is None:
+            return ""
+    return did_you_mean(str(key), place.model_fields)

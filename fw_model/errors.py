@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec
 
 ANNOTATE_VIDEOS = "python -m fw_pipeline.launch annotate_videos"
@@ -76,6 +77,12 @@ class EncoderError(Explained, RuntimeError):
 
 class BadFileError(Explained, ValueError):
     """A file that is not what its name promises; the message names it, with the line or what it lacks."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the nearest of the known names, "" where none is near. Takes as long as there are names."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def explanation(error: BaseException) -> str | None:

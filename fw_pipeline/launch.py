@@ -19,7 +19,7 @@ import dagster as dg
 import yaml
 
 from fw_model.errors import ConfigError, MissingInput, explain_errors
-from fw_pipeline.partitions import LAUNCH, register, retire
+from fw_pipeline.partitions import LAUNCH, inventory_tags, register, retire
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,18 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     from fw_pipeline.checks import NOTHING
     from fw_pipeline.definitions import defs
     from fw_pipeline.resources import PIPELINE
+    from fw_pipeline.steps.inventory import take_inventory
 
     job, pipeline = defs.resolve_job_def(job_name), PIPELINE.build()  # built first: settings are refused before the run starts
     tags = {}
     if job.partitions_def is not None:
         videos = pipeline.require_videos()
-        if old := retire(instance, videos):
+        inventory = take_inventory(pipeline.settings)
+        print("\n".join(inventory.lines()), flush=True)
+        # Videos in a folder that cannot be read now are not gone.
+        if not inventory.listing.closed and (old := retire(instance, videos)):
             print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
-        tags = register(instance, sorted(videos))
+        tags = register(instance, sorted(videos)) | inventory_tags(inventory)
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []

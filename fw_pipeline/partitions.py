@@ -1,8 +1,12 @@
 """One partition per video; the key is `video_key(relative path)`, safe as a file name and in every Dagster tag."""
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import dagster as dg
+
+if TYPE_CHECKING:
+    from fw_pipeline.steps.inventory import Inventory
 
 NAME = "video"
 video_partitions = dg.DynamicPartitionsDefinition(name=NAME)
@@ -15,6 +19,7 @@ UNDER_WAY = [
     if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 ]
 
+INVENTORY = "fantasyworld/inventory"
 LAUNCH = "python -m fw_pipeline.launch"
 
 
@@ -36,6 +41,11 @@ def register(instance: dg.DagsterInstance, keys: Sequence[str]) -> dict[str, str
     tags = range_tags(known, keys)
     instance.add_dynamic_partitions(NAME, sorted(set(keys) - set(known)))
     return tags
+
+
+def inventory_tags(inventory: "Inventory") -> dict[str, str]:
+    """A run tag that says in the UI how many of what lie in the videos folder; `python -m fw_pipeline.inventory` gives names."""
+    return {INVENTORY: ", ".join(f"{count} {what}" for what, count in inventory.numbers.items())}
 
 
 def gone(instance: dg.DagsterInstance, keys: Collection[str]) -> list[str]:

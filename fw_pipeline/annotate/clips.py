@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,36 +20,28 @@ import numpy as np
 from PIL import Image
 
 from fw_model.config import ClipConfig
-from fw_model.files import file_hash
+from fw_model.files import file_hash, printable
+from fw_pipeline.annotate.folder import NO_LINKS, Links, list_folder, why_outside
 from fw_pipeline.annotate.lens import Lens, LensError, read_calibration
 from fw_pipeline.annotate.shots import Scan, scan
 from fw_pipeline.annotate.types import Clip, VideoSetAside
 from fw_pipeline.annotate.video import decode
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
-UNFINISHED = (".part", ".tmp", ".temp", ".download")  # "name.part.mp4": somebody is still writing it
 
 logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------ files and keys
 
 
-def find_videos(root: Path) -> list[str]:
+def find_videos(root: Path, linked_folders: bool = False) -> list[str]:
     """Sorted paths, relative to `root` and with forward slashes, of every file below it that is named like a video.
 
-    Hidden and unfinished files and folders are left out; linked folders are not entered. Raises FileNotFoundError when
-    there is no such folder.
+    Hidden and unfinished files, trash and snapshots are left out; linked folders are entered only if asked for. A folder that
+    cannot be read is told in a warning. Raises FileNotFoundError when there is no such folder.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES and not name.startswith((".", "~")) and not stem.lower().endswith(UNFINISHED):
-                found.append(Path(folder, name).relative_to(root).as_posix())
-    return sorted(found)
+    listing = list_folder(root, linked_folders)
+    for folder, why in listing.closed.items():
+        logger.warning("%s: cannot be read (%s); videos in it are not seen", printable(str(root / folder)), why)
+    return listing.videos
 
 
 def video_key(relative_path: str) -> str:
@@ -63,7 +54,7 @@ def video_key(relative_path: str) -> str:
     return f"{slug}-{hashlib.sha256(relative_path.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def _relative(video: Path, root: Path) -> str:
+def _relative(video: Path, root: Path, links: Links) -> str:
     """The video's path inside `root`; VideoSetAside when its name is unsafe or it lies, or links, elsewhere."""
     shown = ascii(video.name)[1:-1]
     try:
@@ -75,15 +66,15 @@ def _relative(video: Path, root: Path) -> str:
         raise VideoSetAside(f"{shown}: its path leads out of the videos folder ('..')")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
         raise VideoSetAside(f"{shown}: control or undecodable characters in its path; rename it")
-    if not video.resolve().is_relative_to(root.resolve()):
-        raise VideoSetAside(f"{shown}: a link that leads out of the videos folder {root}")
+    if why := why_outside(video, root, links):
+        raise VideoSetAside(f"{shown}: {why}")
     return text
 
 
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
-def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]:
+def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str, links: Links = NO_LINKS) -> list[Clip]:
     """Cut a video into shots and its shots into clips of `clip.frames` frames at `clip.fps`, at least one.
 
     Every `clip.stride` clip frames a clip starts, as long as the shot lasts. A clip frame is the source frame nearest to
@@ -95,10 +86,11 @@ def cut_clips(video: Path, root: Path, clip: ClipConfig, key: str) -> list[Clip]
         root: the videos folder.
         clip: frames, fps, buckets, stride, limit per video.
         key: `video_key` of the video; starts the clip ids.
+        links: which links out of the videos folder are followed.
 
     Raises VideoSetAside with the reason when there is no clip in it, or the calibration beside it cannot be used.
     """
-    relative = _relative(video, root)
+    relative = _relative(video, root, links)
     found = scan(video)
     try:
         lens = read_calibration(video, found.height, found.width)

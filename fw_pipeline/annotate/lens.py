@@ -7,6 +7,7 @@ are in pixels with the centre of the upper left one at (0.5, 0.5), as COLMAP and
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,11 +161,16 @@ class Lens:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+CALIBRATION_ENDINGS = (".camera.json", ".cameras.txt", ".transforms.json")  # behind a video's name without its own
+CALIBRATIONS = ("cameras.txt", "transforms.json")  # of all videos in a folder
+
+
 def calibration_files(video: Path) -> list[Path]:
     """The files beside a video that may hold its calibration, in the order in which they count; see FORMATS."""
-    stem, folder = video.stem, video.parent
-    names = (f"{stem}.camera.json", f"{stem}.cameras.txt", f"{stem}.transforms.json", "cameras.txt", "transforms.json")
-    return [folder / name for name in names if (folder / name).is_file()]
+    # A name may be composed (NFC) in one place and decomposed (NFD) in the other, as file systems and archives differ.
+    stems = dict.fromkeys((video.stem, *(unicodedata.normalize(form, video.stem) for form in ("NFC", "NFD"))))
+    names = (*(stem + ending for ending in CALIBRATION_ENDINGS for stem in stems), *CALIBRATIONS)
+    return [path for name in names if (path := video.with_name(name)).is_file()]
 
 
 def read_calibration(video: Path, height: int, width: int) -> Lens | None:

@@ -24,7 +24,7 @@ from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.whole import check_whole
 
 # Only real containers: a playlist dressed up as a video could make the demuxer open other files.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv"
 SEEK_MARGIN = 1.0  # seconds: containers seek by decode time, which runs ahead of presentation time
 LONGEST_PAUSE = 3600.0  # seconds between two frames; clips never reach over one, and a clock that jumps so far is broken
 
@@ -45,7 +45,9 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoS
     try:
         container = av.open(str(path.absolute()), options={"format_whitelist": FORMATS}, metadata_errors="replace")
     except av.FFmpegError as error:
-        reason = "truncated: an MP4 without its index (moov)" if is_mp4 else "not a video (MP4, MOV, MKV, WebM or AVI)"
+        reason = (
+            "truncated: an MP4 without its index (moov)" if is_mp4 else "not a video (MP4, MOV, MKV, WebM, AVI, MPEG, WMV or FLV)"
+        )
         raise VideoSetAside(f"{path.name}: {reason}") from error
     with container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]

@@ -9,11 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from fw_model.cameras import PoseFileError, read_pose_file
+from fw_model.cameras import PoseFileError, pose_rows, read_pose_file
 from fw_pipeline.annotate.types import VideoSetAside
 from fw_pipeline.annotate.video import decode
+from fw_pipeline.guide_layout.conventions import require_given_rows
+from fw_pipeline.guide_layout.far import as_z, near
 from fw_pipeline.guide_layout.fit import DepthKind, DepthReading, Probe, Reading, in_camera, read_depth, read_points
 from fw_pipeline.guide_layout.metadata import Entry, Fault, SampleError
+from fw_pipeline.guide_layout.row_times import frames_of
 
 PROBE = (24, 40)  # rows and columns of the pixels that are compared
 MAX_STRETCH = 0.03  # relative difference of a map's aspect from its video's: rounding to multiples of 8, not another crop
@@ -45,7 +48,7 @@ class Sample:
 def check_sample(entry: Entry, depth_kind: DepthKind | Literal["auto"] = "auto") -> Sample:
     """Look at every file of a sample. Raises SampleError with everything that is wrong."""
     faults: list[Fault] = []
-    w2c, lens = _poses(entry, faults)
+    w2c, lens, row_times = _poses(entry, faults)
     frames = entry.frames or (len(w2c) if w2c is not None else None)
     if w2c is not None and frames != len(w2c):
         faults.append(entry.fault(entry.camera, f"{len(w2c)} poses, but metadata.json says {frames} frames"))
@@ -53,22 +56,29 @@ def check_sample(entry: Entry, depth_kind: DepthKind | Literal["auto"] = "auto")
         faults.append(
             entry.fault(entry.camera, f"metadata.json has intrinsics of {len(entry.intrinsics)} frames for {frames} poses")
         )
-    times, height, width = _video(entry, frames, faults)
+    times, height, width = _video(entry, frames, row_times, faults)
     depth_files = _files(entry, "depth", frames, faults)
     points_files = _files(entry, "points", frames, faults)
     depth, _ = _maps(entry, depth_files, 2, (height, width), faults)
     points, points_size = _maps(entry, points_files, 3, (height, width), faults)
     if faults or w2c is None or depth is None or points is None:
         raise SampleError(*faults)
-    probe = Probe(_centres(*points_size), np.where((depth > 0)[..., None], points, np.nan), depth)
+    z_depth, far = as_z(depth, w2c, points)
+    # A point that is all 0 is written where there is none, as depth is.
+    known = (z_depth > 0) & np.isfinite(points).all(-1) & points.any(-1)
+    points = np.where(known[..., None], points, np.nan).astype(np.float64)
     try:
-        reading = read_points(probe, w2c, _lenses(entry, lens, len(w2c), height, width), height, width)
+        reading = read_points(
+            Probe(_centres(*points_size), points), w2c, _lenses(entry, lens, len(w2c), height, width), height, width
+        )
+        if reading.frame == "camera":
+            require_given_rows(points, w2c, reading.lens, lambda t: _z(points_files[t]), height, width)
     except ValueError as error:
         where = entry.points if isinstance(entry.points, Path) else entry.points[0].parent
         raise SampleError(entry.fault(where, str(error))) from error
     z = (in_camera(points, w2c) if reading.frame == "world" else points)[..., 2]
     try:
-        depth_reading = read_depth(depth, z, depth_kind)
+        depth_reading = read_depth(depth, z_depth, far, z, depth_kind)
     except ValueError as error:
         where = entry.depth if isinstance(entry.depth, Path) else entry.depth[0].parent
         raise SampleError(entry.fault(where, str(error))) from error
@@ -80,21 +90,23 @@ def check_sample(entry: Entry, depth_kind: DepthKind | Literal["auto"] = "auto")
 # -------------------------------------------------------------------------------------------------------------- poses
 
 
-def _poses(entry: Entry, faults: list[Fault]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """w2c [T, 3, 4] float64 with true rotations, and the lens [T, 4] of 19-number rows, as shares of a picture."""
+def _poses(entry: Entry, faults: list[Fault]) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """w2c [T, 3, 4] float64 with true rotations; of 19-number rows the lens [T, 4], as shares of a picture, and times [T]."""
     try:
         cameras = read_pose_file(entry.camera, 1, 1, 1, 1)
+        rows = [fields for _, fields in pose_rows(entry.camera)]
     except FileNotFoundError:
         faults.append(entry.fault(entry.camera, "missing"))
-        return None, None
+        return None, None, None
     except (PoseFileError, OSError) as error:
         faults.append(entry.fault(entry.camera, str(error).removeprefix(f"{entry.camera}:").strip()))
-        return None, None
-    k = cameras.intrinsics.double().numpy()
-    last_row = entry.camera.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1]
-    has_lens = len(last_row.split()) == 19  # for shorter rows the reader fills one in
-    lens = k[:, [0, 1, 0, 1], [0, 1, 2, 2]] if has_lens else None
-    return nearest_rotations(cameras.w2c.double().numpy()), lens
+        return None, None, None
+    w2c = nearest_rotations(cameras.w2c.double().numpy())
+    if len(rows[0]) != 19:  # for shorter rows the reader fills a lens in
+        return w2c, None, None
+    lens = cameras.intrinsics.double().numpy()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
+    times = np.array([float(fields[0]) for fields in rows])
+    return w2c, lens, times if np.ptp(times) > 0 else None  # one number for all rows is no time
 
 
 def nearest_rotations(w2c: np.ndarray) -> np.ndarray:
@@ -125,8 +137,10 @@ def _cover(height: int, width: int, source_height: int, source_width: int) -> np
 # -------------------------------------------------------------------------------------------------------------- video
 
 
-def _video(entry: Entry, frames: int | None, faults: list[Fault]) -> tuple[tuple[float, ...], int, int]:
-    """Times of the first `frames` frames, height and width."""
+def _video(
+    entry: Entry, frames: int | None, row_times: np.ndarray | None, faults: list[Fault]
+) -> tuple[tuple[float, ...], int, int]:
+    """Times of the frames that the rows are about (the first `frames`, where rows have no times), height and width."""
     times: list[float] = []
     sizes: set[tuple[int, int]] = set()
     if not entry.video.is_file():
@@ -144,6 +158,11 @@ def _video(entry: Entry, frames: int | None, faults: list[Fault]) -> tuple[tuple
         return (), 0, 0
     if frames is not None and len(times) < frames:
         faults.append(entry.fault(entry.video, f"{len(times)} frames, but {frames} are annotated"))
+    elif row_times is not None and len(row_times) == frames:
+        try:
+            times = [times[i] for i in frames_of(row_times, times)]
+        except ValueError as error:
+            faults.append(entry.fault(entry.camera, str(error)))
     height, width = sizes.pop()
     return tuple(times[:frames]), height, width
 
@@ -206,7 +225,7 @@ def open_map(path: Path, dimensions: int) -> np.ndarray:
 def _maps(
     entry: Entry, files: tuple[Path, ...], dimensions: int, video: tuple[int, int], faults: list[Fault]
 ) -> tuple[np.ndarray | None, tuple[int, int]]:
-    """Values at the probed pixels, [T, N] or [T, N, 3] float64 (None when a file is bad), and the maps' height and width."""
+    """Values at the probed pixels, [T, N] or [T, N, 3] in the files' dtype (None when a file is bad); the maps' size."""
     probes: list[np.ndarray] = []
     size = (0, 0)
     before = len(faults)
@@ -223,7 +242,7 @@ def _maps(
             faults.append(entry.fault(path, str(error)))
             continue
         rows, cols = _probed(*size)
-        probes.append(array[rows, cols].astype(np.float64))
+        probes.append(np.array(array[rows, cols]))
     if size[0] and video[0] and abs(size[1] / size[0] / (video[1] / video[0]) - 1) > MAX_STRETCH:
         faults.append(
             entry.fault(files[0].parent, f"maps of {size[0]}x{size[1]} do not cover the video's {video[0]}x{video[1]} picture")
@@ -231,10 +250,15 @@ def _maps(
     return (np.stack(probes) if probes and len(faults) == before else None), size
 
 
+def _z(file: Path) -> np.ndarray:
+    """z [h, w] of a map of points in its camera's frame, 0 where unknown."""
+    z = open_map(file, 3)[..., 2]
+    return np.where(near(z), z, 0)
+
+
 def _check_values(array: np.ndarray, dimensions: int) -> None:
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise ValueError(f"{array.size - int(finite.sum())} values are NaN or infinite (unknown depth is written as 0)")
+    if not np.isfinite(array).any():
+        raise ValueError(f"{array.size} values are NaN or infinite, which is all of them")
     if dimensions == 2 and (array < 0).any():
         raise ValueError("negative depth (unknown depth is written as 0)")
 

@@ -14,11 +14,12 @@ from fw_pipeline.annotate.clips import FrameTransform, read_frames, sample_depth
 from fw_pipeline.annotate.depth.disparity import DisparityFit, fit_pixels, steady_fits, usable_pixels
 from fw_pipeline.annotate.types import Clip, ClipSetAside
 from fw_pipeline.guide_layout.check import Sample, open_map
+from fw_pipeline.guide_layout.far import FARTHEST, near
 from fw_pipeline.guide_layout.fit import in_camera
 
 MIN_INLIERS = 0.5  # of a disparity fit, mean over the frames
-FARTHEST = 1e-3  # a disparity below this share of the frame's median is as good as infinitely far: unknown depth
 SCALE_TOLERANCE = 1e-3  # how far a named clip_scale may be from the mean distance: float16 and a text file cost less
+HELD = (float(np.finfo(np.float16).smallest_normal), float(np.finfo(np.float16).max))  # with all of float16's digits
 
 Size = tuple[int, int, int]  # H, W, T
 
@@ -84,15 +85,16 @@ def finish(sample: Sample, window: Window) -> GuideClip:
     intrinsics = transform.intrinsics_to_target(own)
     w2c = relative_to_first(torch.from_numpy(sample.w2c[window.frames])).numpy()
     moved, w2c, scale = _clip_units(sample, window, depth, intrinsics, w2c)
+    stored = moved.astype(np.float16)
     clip = GuideClip(
-        depth=moved.astype(np.float16),
-        confidence=np.where(moved > 0, 255, 0).astype(np.uint8),
+        depth=stored,
+        confidence=np.where(stored > 0, 255, 0).astype(np.uint8),
         intrinsics=intrinsics.astype(np.float32),
         w2c=w2c.astype(np.float32),
         scale=scale,
         quality={
             "reprojection_error": sample.points.error,
-            "valid_fraction": float((moved > 0).mean()),
+            "valid_fraction": float((stored > 0).mean()),
             "first_frame": float(window.first),
             **fits,
         },
@@ -129,8 +131,14 @@ def read_pictures(sample: Sample, window: Window) -> np.ndarray:
 def _clip_units(
     sample: Sample, window: Window, depth: np.ndarray, intrinsics: np.ndarray, w2c: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """`quality.to_clip_units`, with the scale that an exported sample names, so that its numbers come back exactly."""
+    """`quality.to_clip_units`, with the scale that an exported sample names, so that its numbers come back exactly.
+
+    What float16 cannot hold in clip units, too near or too far, is unknown, and the scale is that of the rest.
+    """
     moved, poses, scale = quality.to_clip_units(depth, intrinsics, w2c)
+    while (lost := (moved > HELD[1]) | ((moved > 0) & (moved < HELD[0]))).any():
+        depth = np.where(lost, 0, depth)
+        moved, poses, scale = quality.to_clip_units(depth, intrinsics, w2c)
     named = sample.entry.clip_scale
     if named is None or window.size[2] != sample.frames:
         return moved, poses, scale
@@ -149,13 +157,15 @@ def _z_depth(sample: Sample, window: Window, transform: FrameTransform) -> tuple
         fits = _align(sample, window)
     frames = []
     for t, file in enumerate(files):
-        own = np.asarray(open_map(file, 2), np.float64)
+        array = open_map(file, 2)
+        own = np.asarray(array, np.float64)
         if fits:
-            inverse = fits[t].scale * own + fits[t].shift
-            near = (own > 0) & (inverse > FARTHEST * np.median(inverse))
-            own = np.where(near, 1 / np.where(near, inverse, 1), 0)
+            known = np.isfinite(own) & (own > 0)
+            inverse = fits[t].scale * np.where(known, own, 0) + fits[t].shift
+            known &= inverse > FARTHEST * np.median(inverse[known]) if known.any() else False
+            own = np.where(known, 1 / np.where(known, inverse, 1), 0)
         else:
-            own = own * sample.depth.unit
+            own = np.where(near(array) & (own != sample.depth.far), own, 0) * sample.depth.unit
         frames.append(_to_clip(own, transform))
     numbers = {}
     if fits:
@@ -178,12 +188,12 @@ def _align(sample: Sample, window: Window) -> list[DisparityFit]:
         points = np.asarray(open_map(sample.points_files[t], 3), np.float64)
         if sample.points.frame == "world":
             points = in_camera(points[None], sample.w2c[t : t + 1])[0]
-        z = np.where(points[..., 2] > 0, points[..., 2], 0)
+        z = np.where(near(points[..., 2]), points[..., 2], 0)
         if z.shape != disparity.shape:
             rows, cols = ((np.arange(n) + 0.5) / n * m - 0.5 for n, m in zip(disparity.shape, z.shape, strict=True))
             z = sample_depth(z, rows, cols)
         try:
-            pixels.append(usable_pixels(disparity, z, (disparity > 0) & (z > 0)))
+            pixels.append(usable_pixels(disparity, z, np.isfinite(disparity) & (disparity > 0) & (z > 0)))
         except ClipSetAside as error:
             raise ClipSetAside(f"frame {t}: {error}") from error
     fits = [fit_pixels(frame) for frame in pixels]

@@ -5,12 +5,14 @@ All of it is decided on a probe: the same few hundred pixels of every frame.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from fw_pipeline.annotate.quality import MAX_REPROJECTION
+from fw_pipeline.guide_layout.conventions import GIVEN, POINTS, ROUNDING, ROWS, same_in_effect, settle
 
 DepthKind = Literal["z", "disparity"]
 PointsFrame = Literal["world", "camera"]
@@ -27,7 +29,6 @@ class Probe:
 
     uv: np.ndarray  # [N, 2] pixel centres as shares of the picture's width and height
     points: np.ndarray  # [T, N, 3] as in the files
-    depth: np.ndarray  # [T, N] as in the files
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Reading:
     lens_from: str
     error: float  # pixels: median over the frames of their median
     worst: tuple[int, float]  # the frame with the largest median, and that
+    landed: np.ndarray  # [T, N, 2] pixels; NaN where unknown or behind the camera
+
+    @property
+    def lands(self) -> bool:
+        return self.error <= MAX_REPROJECTION and self.worst[1] <= MAX_REPROJECTION
 
 
 def in_camera(points: np.ndarray, w2c: np.ndarray) -> np.ndarray:
@@ -51,6 +57,9 @@ def in_camera(points: np.ndarray, w2c: np.ndarray) -> np.ndarray:
 def read_points(probe: Probe, w2c: np.ndarray, lenses: dict[str, np.ndarray], height: int, width: int) -> Reading:
     """Tell points in the world frame from points in each camera's own by projecting them back onto their pixels.
 
+    Other conventions of rows and points are tried likewise, and none that changes anything may do nearly as well. What points in
+    each camera's frame leave open of the rows is for `conventions.require_given_rows`.
+
     Args:
         probe: T frames of N pixels.
         w2c: [T, 3, 4] of the pose file.
@@ -58,33 +67,49 @@ def read_points(probe: Probe, w2c: np.ndarray, lenses: dict[str, np.ndarray], he
             is fitted to the points.
         height, width: of the picture that pixels are counted in.
 
-    Raises ValueError with the errors of both in pixels when neither fits.
+    Raises ValueError with the errors in pixels when no frame fits, or another convention fits as well or better.
     """
-    frames: tuple[tuple[PointsFrame, np.ndarray], ...] = (("world", in_camera(probe.points, w2c)), ("camera", probe.points))
-    readings = [_project(frame, points, probe.uv, lenses, height, width) for frame, points in frames]
-    best = min(readings, key=lambda reading: reading.error)
-    if best.error <= MAX_REPROJECTION and best.worst[1] <= MAX_REPROJECTION:
-        return best
-    world, camera = readings
-    reason = (
-        f"points land on their pixels neither as world points ({_pixels(world)}) nor as points of each frame's own camera "
-        f"({_pixels(camera)}); at most {MAX_REPROJECTION:g} px are allowed"
+    tried = {
+        name: _project(frame, points, probe.uv, lenses, height, width) for name, frame, points in _conventions(probe.points, w2c)
+    }
+    world, camera = (tried[name] for name in (_WORLD, _CAMERA))
+    given = min((_WORLD, _CAMERA), key=lambda name: tried[name].error)
+    if not tried[given].lands:
+        reason = (
+            f"points land on their pixels neither as world points ({_pixels(world)}) nor as points of each frame's own camera "
+            f"({_pixels(camera)}); at most {MAX_REPROJECTION:g} px are allowed"
+        )
+        best = min(tried, key=lambda name: tried[name].error)
+        if tried[best].lands:
+            reason += f". They do ({_pixels(tried[best])}) if {best}: write rows that are {GIVEN}, and points with these axes"
+        raise ValueError(reason)
+    others = {name: reading for name, reading in tried.items() if name not in (_WORLD, _CAMERA)} | {given: tried[given]}
+    settle(
+        {name: max(reading.error, ROUNDING * max(height, width)) for name, reading in others.items()},
+        given,
+        {name for name, reading in others.items() if same_in_effect(tried[given].landed, reading.landed)},
+        lambda error: f"{error:.2f} px",
     )
-    inverted = _inverse(w2c)
-    other = _project("world", in_camera(probe.points, inverted), probe.uv, lenses, height, width)
-    if other.error <= MAX_REPROJECTION:
-        reason += f". They do ({_pixels(other)}) if the rows are camera-to-world: write the inverse, world-to-camera"
-    raise ValueError(reason)
+    return tried[given]
+
+
+_WORLD = f"the rows are {GIVEN}"
+_CAMERA = "the points are in each camera's own frame"
+
+
+def _conventions(points: np.ndarray, rows: np.ndarray) -> Iterator[tuple[str, PointsFrame, np.ndarray]]:
+    """(what it is like, frame, the points [T, N, 3] in their cameras) under every convention. Camera points need no rows."""
+    for axes, turned in POINTS.items():
+        own = turned(points)
+        with_axes = "" if own is points else f", the points with {axes}"
+        yield _CAMERA + with_axes, "camera", own
+        for name, read in ROWS.items():
+            yield f"the rows are {name}{with_axes}", "world", in_camera(own, read(rows))
 
 
 def _pixels(reading: Reading) -> str:
     frame, worst = reading.worst
     return f"{reading.error:.2f} px, frame {frame} {worst:.2f} px"
-
-
-def _inverse(w2c: np.ndarray) -> np.ndarray:
-    rotation = w2c[:, :, :3].transpose(0, 2, 1)
-    return np.concatenate([rotation, -rotation @ w2c[:, :, 3:]], axis=2)
 
 
 def _project(
@@ -94,16 +119,17 @@ def _project(
     with np.errstate(divide="ignore", invalid="ignore"):
         rays = np.where(points[..., 2:] > 0, points[..., :2] / points[..., 2:], np.nan)
     candidates = lenses or {"a fit to the points": np.tile(fit_lens(rays, uv), (len(points), 1))}
-    found = []
+    found, size = [], np.array([width, height])
     for name, lens in candidates.items():
         landed = rays * lens[:, None, :2] + lens[:, None, 2:]
-        off = np.linalg.norm((landed - uv) * [width, height], axis=-1)
+        off = np.linalg.norm((landed - uv) * size, axis=-1)
         # A point behind its camera is as wrong as one that lands far away.
         off = np.where(np.isnan(off) & ~np.isnan(points[..., 2]), np.inf, off)
         known = ~np.isnan(off)
         medians = np.array([np.median(row[mask]) if mask.any() else 0.0 for row, mask in zip(off, known, strict=True)])
         worst = int(medians.argmax())
-        found.append(Reading(frame, lens, name, float(np.median(off[known])), (worst, float(medians[worst]))))
+        error = float(np.median(off[known])) if known.any() else np.inf
+        found.append(Reading(frame, lens, name, error, (worst, float(medians[worst])), landed * size))
     return min(found, key=lambda reading: reading.error)
 
 
@@ -136,27 +162,34 @@ class DepthReading:
     unit: float  # z = unit * depth for z-depth; 1 for disparity
     correlation: float  # with z or with 1/z, median over the frames; NaN where z does not vary
     why: str
+    far: float | None = None  # the value of z-depth, as in the files, that stands for "nothing there"
 
 
-def read_depth(depth: np.ndarray, z: np.ndarray, wanted: DepthKind | Literal["auto"]) -> DepthReading:
+def read_depth(
+    depth: np.ndarray, as_z: np.ndarray, far: float | None, z: np.ndarray, wanted: DepthKind | Literal["auto"]
+) -> DepthReading:
     """Tell z-depth from disparity by correlation with the points' z, and find the unit of z-depth.
 
     Args:
-        depth: [T, N] of the probe, NaN or <= 0 where unknown.
-        z: [T, N] of the points in their own cameras.
+        depth: [T, N] of the probe, <= 0 or not finite where unknown.
+        as_z, far: what there is of it as z-depth, 0 where unknown, and the value that stands for nothing (see `far.as_z`).
+        z: [T, N] of the points in their own cameras, NaN where unknown.
         wanted: what the user says it is; then it only has to agree.
 
     Raises ValueError with the numbers when it is neither, or not what was said.
     """
-    usable = (depth > 0) & (z > 0)
+    depth = np.where(np.isfinite(depth), depth, 0).astype(np.float64)
+    z = np.where(np.isfinite(z), z, 0)
+    usable = (as_z > 0) & (z > 0)
     if not usable.any():
         raise ValueError("no pixel has both a depth and a point in front of its camera")
     varies = bool(np.std(z[usable]) > FLAT * np.mean(z[usable]))
-    with_z = _correlation(depth, z, usable) if varies else np.nan
-    with_inverse = _correlation(depth, 1 / np.where(usable, z, 1), usable) if varies else np.nan
+    with_z = _correlation(as_z, z, usable) if varies else np.nan
+    inverse = 1 / np.where(z > 0, z, np.inf)
+    with_inverse = _correlation(depth, inverse, (depth > 0) & (z > 0)) if varies else np.nan
     numbers = f"correlation with the points' z {with_z:.3f}, with 1/z {with_inverse:.3f}"
-    unit = float(np.median(z[usable] / depth[usable]))
-    disagreement = float(np.median(np.abs(unit * depth[usable] / z[usable] - 1)))
+    unit = float(np.median(z[usable] / as_z[usable]))
+    disagreement = float(np.median(np.abs(unit * as_z[usable] / z[usable] - 1)))
     kind: DepthKind
     if wanted != "auto":
         kind = wanted
@@ -177,7 +210,7 @@ def read_depth(depth: np.ndarray, z: np.ndarray, wanted: DepthKind | Literal["au
                 f"{MAX_DISAGREEMENT:.0%}); {numbers}"
             )
         unit = 1.0 if abs(unit - 1) <= SAME_UNIT else unit
-    return DepthReading(kind, unit if kind == "z" else 1.0, correlation, numbers)
+    return DepthReading(kind, unit if kind == "z" else 1.0, correlation, numbers, far if kind == "z" else None)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray, usable: np.ndarray) -> float:

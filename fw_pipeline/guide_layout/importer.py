@@ -23,7 +23,8 @@ from fw_pipeline.guide_layout.finish import Size, Window, finish, read_pictures,
 from fw_pipeline.guide_layout.fit import DepthKind
 from fw_pipeline.guide_layout.metadata import Fault, GuideLayoutError, SampleError, read_metadata
 
-MADE_BY = "guide-layout:1"  # raise the number when the same files give other numbers
+IMPORTED = "guide-layout:"  # what the name of every version begins with
+MADE_BY = f"{IMPORTED}2"  # raise the number when the same files give other numbers
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str], Iterable[T]]
 
@@ -211,6 +212,7 @@ def _files_digest(sample: Sample) -> str:
 def _note(sample: Sample) -> str:
     points = f"{sample.points.frame} points ({sample.points.error:.2f} px, lens from {sample.points.lens_from})"
     unit = "" if sample.depth.unit == 1 else f" in units of {sample.depth.unit:.4g}"
+    unit += "" if sample.depth.far is None else f", {sample.depth.far:g} as nothing there"
     return f"{sample.entry.sample_id}: depth read as {sample.depth.kind}{unit} ({sample.depth.why}); {points}"
 
 
@@ -230,7 +232,7 @@ def _check_target(dataset: Path) -> None:
         rows = read_manifest(dataset)
     except MissingDatasetError:
         return
-    foreign = [row.clip_id for row in rows if not row.quarantine and row.versions.get("geometry") != MADE_BY]
+    foreign = [row.clip_id for row in rows if not row.quarantine and not row.versions.get("geometry", "").startswith(IMPORTED)]
     if foreign:
         raise GuideLayoutError(
             f"{dataset}: holds {len(foreign)} clips that were not imported from a guide layout ({foreign[0]}, ...) and would be "

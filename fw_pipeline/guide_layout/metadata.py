@@ -99,7 +99,7 @@ def read_metadata(root: Path) -> tuple[list[Entry], list[Fault]]:
     root = root.absolute()
     file = root / METADATA
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise GuideLayoutError(
             f"{file}: not found; a guide-layout folder has videos/, depth/, points/, camera_params/ and it"

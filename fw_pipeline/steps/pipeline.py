@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import numpy as np
 
 from fw_model.config import Preset
 from fw_model.data.online import encode_video
-from fw_model.errors import ANNOTATE_VIDEOS, MissingInput
+from fw_model.errors import ANNOTATE_VIDEOS, MissingInput, did_you_mean
 from fw_model.files import file_hash, printable, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
 from fw_pipeline.annotate.engines import require_device
+from fw_pipeline.annotate.folder import why_outside
 from fw_pipeline.annotate.lens import calibration_files
 from fw_pipeline.annotate.types import (
     Clip,
@@ -37,6 +39,7 @@ from fw_pipeline.annotate.types import (
     VideoSetAside,
 )
 from fw_pipeline.annotate.whole_video import WholeVideo
+from fw_pipeline.steps.inventory import PUT_VIDEOS, equal_bytes, require_folder
 from fw_pipeline.steps.prompts import PromptError, Prompts
 from fw_pipeline.steps.results import EncodedClip, EncodedText, PicturesClip, finish_clip
 from fw_pipeline.steps.settings import Settings
@@ -51,8 +54,7 @@ from fw_pipeline.steps.store import (
 )
 from fw_pipeline.steps.video_files import unreadable
 
-CODE_VERSION = 2  # raise when a step's results change for the same inputs
-_PUT_VIDEOS = "Put videos there, or name a folder that has some: FW_VIDEOS=FOLDER, or make demo VIDEOS=FOLDER"
+CODE_VERSION = 3  # raise when a step's results change for the same inputs
 
 
 class Pipeline:
@@ -86,16 +88,26 @@ class Pipeline:
     @cached_property
     def videos(self) -> dict[str, str]:
         """Video key -> path relative to the videos folder, for every file that looks like a video (listed once)."""
-        folder = self.settings.videos
-        if not folder.is_dir():
-            what = f"{folder} is a file, not a folder of videos" if folder.exists() else f"no videos folder at {folder}"
-            raise MissingInput(what, _PUT_VIDEOS)
-        return {clip_io.video_key(path): path for path in clip_io.find_videos(folder)}
+        folder = require_folder(self.settings.videos)
+        return {clip_io.video_key(path): path for path in clip_io.find_videos(folder, self.settings.linked_folders)}
+
+    @cached_property
+    def copies(self) -> dict[str, str]:
+        """Keys of the videos whose bytes another one has, too -> that one's key."""
+        root, links = self.settings.videos, self.settings.links
+        # One that is set aside for its name or for where it is must not be the one that is kept.
+        keys = {
+            path: key
+            for key, path in self.videos.items()
+            if printable(path) == path and not why_outside(root / path, root, links)
+        }
+        same = equal_bytes(root, keys, lambda path: self._hash(keys[path]))
+        return {keys[path]: keys[kept] for path, kept in same.items()}
 
     def require_videos(self) -> dict[str, str]:
         """`videos`, or MissingInput when the folder has none."""
         if not self.videos:
-            raise MissingInput(f"no videos in {self.settings.videos}", _PUT_VIDEOS)
+            raise MissingInput(f"no videos in {self.settings.videos}", PUT_VIDEOS)
         return self.videos
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -138,6 +150,9 @@ class Pipeline:
         """Hash of everything the step's result depends on."""
         if step == "clips":
             parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json"), self._calibration(key)]
+            # Only what is so is named, so that no other video's result is stale.
+            parts += [{"same as": self.copies[key]}] if key in self.copies else []
+            parts += [links] if any(links := astuple(self.settings.links)) else []
         elif step == "geometry":
             parts = [self.marker("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
         elif step == "depth":
@@ -153,7 +168,9 @@ class Pipeline:
             self._hash(key)
             if reason := self._unreadable.get(key):
                 raise VideoSetAside(reason)
-            clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key)
+            if kept := self.copies.get(key):
+                raise VideoSetAside(f"{self.shown(key)}: the same bytes as {self.shown(kept)}, and kept once")
+            clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key, self.settings.links)
         except VideoSetAside as error:
             return done.model_copy(update={"set_aside": printable(str(error))})
         (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
@@ -273,7 +290,8 @@ class Pipeline:
     def _video(self, key: str) -> str:
         if key not in self.videos:
             raise MissingInput(
-                f"{key}: its video is no longer in {self.settings.videos}", "Put it back; the next launch retires its partition"
+                f"{key}: its video is not, or no longer, in {self.settings.videos}{did_you_mean(key, self.videos)}",
+                "Put it back; the next launch retires its partition",
             )
         return self.videos[key]
 

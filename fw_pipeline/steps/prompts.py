@@ -26,7 +26,7 @@ from fw_pipeline.steps.caption_tables import LIST_NAME, LIST_TEXTS, NAMES, Table
 JSON_KEYS = ("caption", "prompt", "text")
 TEXT_SUFFIXES = (".txt", ".caption")
 POSE_NUMBERS = 7  # in a row of the shortest table of camera poses: a position and a quaternion
-CLOSE_NAMES = 20  # misspelt names that get the nearest real one: looking for it takes as long as there are videos
+CLOSE_NAMES = 5  # misspelt names that get the nearest real one: looking for it takes as long as there are videos
 
 
 class PromptError(Explained, ValueError):
@@ -78,19 +78,24 @@ class Prompts:
         tables = [table for folder in folders for table in self._tables_in(self.folder / folder)]
         return [why for table in tables for why in (table.broken, *table.lost) if why]
 
+    def is_table(self, path: Path) -> bool:
+        """Whether a file of the folder is read as a table of prompts, or as one half of a pair of lists."""
+        if path.name in LIST_TEXTS:
+            return self.is_table(path.with_name(LIST_NAME))
+        return path.name in NAMES and path.is_file() and self._table(path) is not None
+
     # ---- beside the video ------------------------------------------------------------------------------------------
 
     def _sidecars(self, video: Path) -> Iterator[tuple[str, str]]:
         beside = self._beside(video.parent)
         listed = {*LIST_TEXTS, LIST_NAME} if LIST_NAME in beside else set()
-        for stem in (video.stem, video.name):
-            for suffix in TEXT_SUFFIXES:
-                name = plain(stem + suffix)
-                if name in beside and name not in listed:
-                    text = self._read(beside[name])
-                    if not is_pose_table(text):
-                        yield self._name(beside[name]), text.strip()
-        if described := beside.get(plain(video.stem + ".json")):
+        *texts, described_in = map(plain, sidecar_names(video.name))
+        for name in texts:
+            if name in beside and name not in listed:
+                text = self._read(beside[name])
+                if not is_pose_table(text):
+                    yield self._name(beside[name]), text.strip()
+        if described := beside.get(described_in):
             for key, prompt in self._json(described).items():
                 yield f"{self._name(described)}, key {key!r}", prompt.strip()
 
@@ -151,6 +156,12 @@ class Prompts:
 
     def _name(self, path: Path) -> str:
         return printable(path.relative_to(self.folder).as_posix())
+
+
+def sidecar_names(video: str) -> list[str]:
+    """Names of the texts of a video of that name, the object in JSON last."""
+    stem = PurePosixPath(video).stem
+    return [name + suffix for name in (stem, video) for suffix in TEXT_SUFFIXES] + [stem + ".json"]
 
 
 def is_pose_table(text: str) -> bool:

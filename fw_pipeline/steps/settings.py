@@ -16,9 +16,13 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fw_model.config import Config, ConfigError, Preset, load_preset
+from fw_model.errors import did_you_mean
 from fw_pipeline.annotate.engines import DepthSettings, Dtype, GeometryDepthSettings, GeometrySettings, TracksSettings
+from fw_pipeline.annotate.folder import Links
 
 PROJECT = Path(__file__).resolve().parents[2]
+
+OTHER_VARIABLES = {"FW_PROFILE", "FW_CACHE", "FW_CACHE_GB", "FW_DAGSTER_HOME"}  # that are no setting of a run
 
 
 class Settings(Config):
@@ -26,6 +30,8 @@ class Settings(Config):
 
     data: Path = Field(PROJECT / "data", description="folder where everything is written")
     videos: Path = Field(PROJECT / "data" / "videos", description="folder that videos are read from, with subfolders")
+    linked_folders: bool = Field(False, description="also enter folders that are links out of the videos folder")
+    linked_files: bool = Field(False, description="also read videos that are links out of it, as a hub's cache has them")
     preset: str = Field("tiny", description="name of a preset, or a YAML file")
     overrides: tuple[str, ...] = Field((), description='keys of the preset set otherwise, e.g. "stage1.steps=10"')
     annotation_long_side: int = Field(
@@ -37,6 +43,10 @@ class Settings(Config):
     dtype: Dtype = Field("float32", description="of the annotators' networks")
     processes: int = Field(1, ge=1, description="training processes on this machine, one per GPU")
     val_percent: float = Field(2.0, gt=0, lt=100, description="share of videos, by hash, held out for validation")
+
+    @property
+    def links(self) -> Links:
+        return Links(self.linked_folders, self.linked_files)
 
     def load_preset(self) -> Preset:
         return load_preset(self.preset, list(self.overrides))
@@ -87,11 +97,15 @@ def settings_from_env(**overrides: Any) -> Settings:
     FW_DATA also moves the videos, unless FW_VIDEOS says otherwise. Preset overrides are for run config only. An override that
     is None, and a variable that is empty, is left out. A variable may be of an engine that is not chosen, an override may not.
 
-    Raises ConfigError for an unknown profile, name or engine, or a value that does not fit; it gives the setting's name.
+    Raises ConfigError for an unknown profile, name or engine, a misspelt variable, or a value that does not fit; it gives the
+    setting's name, and of a name that is not there the nearest.
     """
     profile = os.environ.get("FW_PROFILE") or "laptop"
     if profile not in PROFILES:
-        raise ConfigError(f"FW_PROFILE={profile!r}: no such profile; there are {', '.join(PROFILES)}")
+        raise ConfigError(
+            f"FW_PROFILE={profile!r}: no such profile; there are {', '.join(PROFILES)}{did_you_mean(profile, PROFILES)}"
+        )
+    _check_variables()
     values = dict(PROFILES[profile])
     if data := os.environ.get("FW_DATA"):
         values["videos"] = _absolute(data) / "videos"
@@ -106,8 +120,20 @@ def settings_from_env(**overrides: Any) -> Settings:
     try:
         return Settings(**_with_engines(values, given))
     except ValidationError as error:
-        lines = [f"  {_name_of(e['loc'])}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {(name := _name_of(e['loc']))}: {e['msg']}{_nearest(name, e['type'])}" for e in error.errors()]
         raise ConfigError(f"pipeline settings (profile {profile!r}):\n" + "\n".join(lines)) from error
+
+
+def _check_variables() -> None:
+    """Raise ConfigError for a variable that is named much like one of ours and is none: it would have no effect, unsaid."""
+    known = {f"FW_{name.upper()}" for name in names()} | OTHER_VARIABLES
+    for variable in sorted(os.environ):
+        if variable.startswith("FW_") and variable not in known and (meant := did_you_mean(variable, known)):
+            raise ConfigError(f"{variable}: no such variable{meant}", f"Set that one instead, or: unset {variable}")
+
+
+def _nearest(name: str, kind: str) -> str:
+    return did_you_mean(name, names()) if kind == "extra_forbidden" else ""
 
 
 def _with_engines(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -230,12 +230,10 @@ def test_bad_samples_are_all_listed_and_nothing_is_written_until_they_may_be_ski
 
 
 def test_a_sample_found_bad_late_leaves_the_dataset_as_it_was(tmp_path: Path, encoders: Encoders, preset: Preset) -> None:
-    """Points of each camera say nothing about the poses; that the frames disagree is seen only when the clip is made."""
-    a, b = MadeSample("a"), MadeSample("b", points_frame="camera", numbers=19)
-    write_layout(tmp_path / "guide", a, b)
-    wrong = b.w2c.copy()
-    wrong[:, :, 3] *= np.linspace(1, 40, FRAMES)[:, None]
-    b.write_cameras(tmp_path / "guide", wrong)
+    """Depth that flickers by less than the points allow: that the frames disagree is seen only when the clip is made."""
+    write_layout(tmp_path / "guide", MadeSample("a"), MadeSample("b"))
+    for t, file in enumerate(sorted((tmp_path / "guide" / "depth" / "b").iterdir())):
+        np.save(file, np.load(file) * np.float32(1.08 if t % 2 else 0.92))
     with pytest.raises(BadSamplesError, match="neighbouring frames disagree"):
         run_import(tmp_path / "guide", tmp_path / "dataset", encoders, preset)
     assert not (tmp_path / "dataset").exists()

@@ -76,7 +76,8 @@ def test_a_launch_goes_on_to_the_next_job_with_what_did_not_fail(
     monkeypatch.setattr("fw_pipeline.steps.packing.pack", pack)
     monkeypatch.setattr("fw_model.data.manifest.dataset_digest", lambda folder: "digest")
     assert main(["annotate_videos", "build_dataset", "stage1_training"]) == 1
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert f"{quick_steps / 'videos'}: 2 videos, 0 with a prompt" in out  # every launch says what lies in the folder
     assert len(packed) == 1
     assert "are a fault" in said.partition("\nfailed:")[2]
     assert "some-clip: damaged" in said

@@ -16,6 +16,8 @@ from fw_pipeline.steps.settings import names, roles, settings_from_env
 OTHER: dict[str, Any] = {
     "data": "/d",
     "videos": "/v",
+    "linked_folders": True,
+    "linked_files": True,
     "preset": "wan2.1-fun-1.3b",
     "overrides": ["stage1.steps=3"],
     "annotation_long_side": 320,

@@ -32,9 +32,27 @@ def test_a_video_is_launched_once_its_size_has_been_the_same_for_two_ticks(folde
         first = tick(instance, None)
         assert not first.run_requests
         second = tick(instance, first.cursor)
-        assert len(second.run_requests or []) == 1
+        (request,) = second.run_requests or []
+        assert request.tags["fantasyworld/inventory"].startswith("2 videos, ")
         assert len((second.dynamic_partitions_requests or [])[0].partition_keys) == 2
         assert not tick(instance, second.cursor).run_requests
+
+
+def test_a_folder_that_cannot_be_read_retires_no_video(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str) -> object:  # chmod keeps nothing from root
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("video", ["video-in-it"])
+        (folder / "closed").mkdir()
+        with monkeypatch.context() as closed:
+            closed.setattr(os, "scandir", scandir)
+            assert not tick(instance, None).dynamic_partitions_requests
+        assert [request.partition_keys for request in tick(instance, None).dynamic_partitions_requests or []] == [["video-in-it"]]
 
 
 def test_the_sensor_looks_where_the_runs_resource_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
