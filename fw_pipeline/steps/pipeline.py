@@ -168,9 +168,9 @@ class Pipeline:
             self._hash(key)
             if reason := self._unreadable.get(key):
                 raise VideoSetAside(reason)
-            if kept := self.copies.get(key):
-                raise VideoSetAside(f"{self.shown(key)}: the same bytes as {self.shown(kept)}, and kept once")
             clips = clip_io.cut_clips(self.video_path(key), self.settings.videos, self.preset.clip, key, self.settings.links)
+            if kept := self.copies.get(key):  # last: a file that is no good has its own reason
+                raise VideoSetAside(f"{self.shown(key)}: the same bytes as {self.shown(kept)}, and kept once")
         except VideoSetAside as error:
             return done.model_copy(update={"set_aside": printable(str(error))})
         (folder / "clips.json").write_text(json.dumps(clip_io.clips_to_json(clips)), encoding="utf-8")
