@@ -4,7 +4,7 @@
 
 FOLDER has `re10k/` (RealEstate10K clips squeezed to 3:2, brought back to 16:9 here, with true cameras), `rgbd/` (frames with
 true depth and cameras) and `videos/` with `ordinal.json`: for some of them pairs of points of which a person said which is
-nearer. --quick leaves the videos out. Every clip goes the way it goes in the pipeline: `WholeVideo`, then `check_geometry`.
+nearer. --quick leaves the videos out. Every clip goes the way it goes in the pipeline: `WholeVideo.accept`.
 Prints a row a clip and a last line of JSON; exits with 1 when a bar is missed or there was nothing to look at.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from fw_model.config import load_preset
 from fw_model.errors import explain_errors
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate.engines import ColmapSettings, TracksSettings
-from fw_pipeline.annotate.quality import check_geometry
 from fw_pipeline.annotate.types import Clip, ClipGeometry, ClipSetAside, GeometryEngine, VideoSetAside
 from fw_pipeline.annotate.whole_video import WholeVideo
 
@@ -80,15 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def re10k(engine: GeometryEngine, folder: Path) -> list[Row]:
-    rows = []
+    return [row for name, wide, truth in re10k_clips(folder) for row in solve(engine, {name: wide}, {name: truth})]
+
+
+def re10k_clips(folder: Path) -> Iterator[tuple[str, np.ndarray, Truth]]:
+    """(name, frames [T, 252, 448, 3] with square pixels, their cameras) of every clip."""
     for path in sorted((folder / "videos").glob("*.mp4")):
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         wide = np.stack([cv2.resize(frame, (LONG_SIDE, 252), interpolation=cv2.INTER_CUBIC) for frame in frames])
         lines = (folder / "poses" / f"{path.stem}.txt").read_text(encoding="utf-8").splitlines()[1:]
         poses = np.array([[float(x) for x in line.split()] for line in lines])
-        rows += solve(engine, {path.stem: wide}, {path.stem: Truth(poses[:, 7:].reshape(-1, 3, 4), float(poses[0, 1]))})
-    return rows
+        yield path.stem, wide, Truth(poses[:, 7:].reshape(-1, 3, 4), float(poses[0, 1]))
 
 
 def rgbd(engine: GeometryEngine, folder: Path) -> list[Row]:
@@ -142,9 +144,8 @@ def each(
         started = time.perf_counter()
         row = Row(clip.clip_id, 0.0)
         try:
-            found, measured = whole.estimate(clip)
+            found, measured = whole.accept(clip)
             row.motion, row.focal = measured.motion, float(found.intrinsics[0, 0, 0]) / max(found.depth.shape[1:])
-            check_geometry(found)
             row.accepted = True
             look(row, clip, found)
         except ClipSetAside as reason:

@@ -53,6 +53,38 @@ def clips_are_consistent(pipeline: PipelineResource) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=not faults, metadata={"faults": dg.MetadataValue.md(listing)})
 
 
+AUDITED = 24  # clips; an audit takes a second or so
+
+
+@dg.asset_check(asset="depth", description="Cameras, lens and depth against points followed through the pictures, engine or not.")
+@explained()
+def geometry_is_true(pipeline: PipelineResource) -> dg.AssetCheckResult:
+    """Judges finished clips as they would be packed, at most AUDITED of them, spread evenly."""
+    from fw_pipeline.annotate.audit.verdict import Judgement
+    from fw_pipeline.steps.review import audit_finished
+
+    verdicts, finished = audit_finished(pipeline.build(), AUDITED)
+    if not verdicts:
+        return nothing_to_check("0 finished clips")
+    count = {judgement: sum(v.judgement is judgement for v in verdicts.values()) for judgement in Judgement}
+    listing = "\n".join(f"- {name}: {verdict}" for name, verdict in sorted(verdicts.items()))
+    numbers = {name for verdict in verdicts.values() for name in verdict.numbers}
+    means = {name: fmean(v.numbers[name] for v in verdicts.values() if name in v.numbers) for name in sorted(numbers)}
+    metadata: dict[str, dg.MetadataValue | float] = {
+        "finished clips": finished,
+        "audited": len(verdicts),
+        "verdicts": dg.MetadataValue.md(listing),
+        **means,
+    }
+    passed = count[Judgement.PASS] == len(verdicts)
+    said = ", ".join(f"{count[judgement]} {judgement}" for judgement in Judgement if count[judgement])
+    # What cannot be judged is a warning: nothing is known to be wrong.
+    severity = dg.AssetCheckSeverity.ERROR if count[Judgement.REFUSE] else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckResult(
+        passed=passed, severity=severity, metadata=metadata, description=f"{len(verdicts)} of {finished} clips: {said}"
+    )
+
+
 @dg.asset_check(asset="training_shards", description="Every hash, shape and row of the packed dataset.")
 @explained()
 def dataset_is_whole(pipeline: PipelineResource) -> dg.AssetCheckResult:
@@ -90,4 +122,11 @@ def _improved(stage: Stage) -> dg.AssetChecksDefinition:
     return validation_improved
 
 
-CHECKS = [annotation_matches_truth, clips_are_consistent, dataset_is_whole, _improved("stage1"), _improved("stage2")]
+CHECKS = [
+    annotation_matches_truth,
+    clips_are_consistent,
+    geometry_is_true,
+    dataset_is_whole,
+    _improved("stage1"),
+    _improved("stage2"),
+]

@@ -160,7 +160,13 @@ def test_annotation_and_steps_import_downwards(imports: list[Import]) -> None:
         "fw_pipeline.annotate": ("fw_pipeline.annotate",),
     }
 
+    # The audit's command goes through folders that higher rooms know how to read; nothing imports it.
+    command = ("fw_pipeline.annotate.audit.sources", "fw_pipeline.annotate.audit.__main__")
+    assert not [i for i in imports if i.target in command and i.source not in command and not within(i.source, "tests")]
+
     def upwards(found: Import) -> bool:
+        if found.source in command:
+            return False
         allowed = next((rooms for room, rooms in below.items() if within(found.source, room)), None)
         return allowed is not None and within(found.target, "fw_pipeline") and not within(found.target, *allowed)
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fw_pipeline.annotate.audit.audit import audit
 from fw_pipeline.annotate.clips import known_intrinsics
+from fw_pipeline.annotate.quality import check_geometry
 from fw_pipeline.annotate.types import Clip, ClipGeometry, ClipSetAside, GeometryEngine, Measured, SharedLensEngine
 
 
@@ -22,17 +24,36 @@ class WholeVideo:
         self.clips = clips
         self.read = read
 
-    def estimate(self, clip: Clip) -> tuple[ClipGeometry, Measured]:
-        """Raises ClipSetAside, with what was measured of the clip, when there is no geometry to be trusted."""
+    def accept(self, clip: Clip) -> tuple[ClipGeometry, Measured]:
+        """Geometry that has passed its own checks and the audit.
+
+        Raises ClipSetAside, with what was measured of the clip until then, when there is no geometry to be trusted.
+        """
+        frames, geometry, measured = self.estimate(clip)
+        try:
+            measured |= Measured(check_geometry(geometry))
+            verdict = audit(frames, geometry)
+            measured |= Measured(verdict.numbers)
+            verdict.require()
+        except ClipSetAside as reason:
+            raise ClipSetAside(reason.message, reason.remedy, measured) from reason
+        return geometry, measured
+
+    def estimate(self, clip: Clip) -> tuple[np.ndarray, ClipGeometry, Measured]:
+        """(frames [T, h, w, 3], what the engine makes of them, what it measured); nothing but the engine has judged it yet.
+
+        Raises ClipSetAside, with what was measured of the clip, when the engine has no geometry.
+        """
         engine = self.engine
         if not isinstance(engine, SharedLensEngine):
             frames = self.read(clip)
-            return engine.estimate(frames, known_intrinsics(clip, *frames.shape[1:3])), Measured()
+            return frames, engine.estimate(frames, known_intrinsics(clip, *frames.shape[1:3])), Measured()
         measured, solution = self._solved[clip.clip_id]
         try:
             if isinstance(solution, ClipSetAside):
                 raise solution
-            return engine.finish(self.read(clip), solution), measured
+            frames = self.read(clip)
+            return frames, engine.finish(frames, solution), measured
         except ClipSetAside as reason:
             raise ClipSetAside(reason.message, reason.remedy, measured) from reason
 

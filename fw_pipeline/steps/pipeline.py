@@ -26,6 +26,7 @@ from fw_model.errors import ANNOTATE_VIDEOS, MissingInput, did_you_mean
 from fw_model.files import file_hash, printable, whole_file, write_json
 from fw_pipeline.annotate import clips as clip_io
 from fw_pipeline.annotate import quality
+from fw_pipeline.annotate.audit.verdict import AUDIT_VERSION
 from fw_pipeline.annotate.engines import require_device
 from fw_pipeline.annotate.folder import why_outside
 from fw_pipeline.annotate.lens import calibration_files
@@ -154,7 +155,8 @@ class Pipeline:
             parts += [{"same as": self.copies[key]}] if key in self.copies else []
             parts += [links] if any(links := astuple(self.settings.links)) else []
         elif step == "geometry":
-            parts = [self.marker("clips", key).fingerprint, made_by(self.geometry_engine), self.settings.annotation_long_side]
+            engine = made_by(self.geometry_engine)
+            parts = [self.marker("clips", key).fingerprint, engine, self.settings.annotation_long_side, AUDIT_VERSION]
         elif step == "depth":
             parts = [self.marker("geometry", key).fingerprint, made_by(self.depth_engine)]
         else:
@@ -182,11 +184,7 @@ class Pipeline:
         whole = WholeVideo(engine, self.clips_of(key, self.marker("clips", key)), lambda clip: self._frames(key, clip))
 
         def annotate(clip: Clip) -> Measured:
-            geometry, measured = whole.estimate(clip)
-            try:
-                measured |= Measured(quality.check_geometry(geometry))
-            except ClipSetAside as reason:
-                raise ClipSetAside(reason.message, reason.remedy, measured) from reason
+            geometry, measured = whole.accept(clip)
             save_arrays(folder / f"{clip.clip_id}.npz", geometry)
             return measured
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from fw_pipeline.annotate import quality
+from fw_pipeline.annotate.audit.audit import audit
+from fw_pipeline.annotate.audit.verdict import Verdict
+from fw_pipeline.annotate.clips import read_frames
 from fw_pipeline.annotate.truth import compare_with_truth
 from fw_pipeline.annotate.types import Clip, ClipSetAside
 from fw_pipeline.steps.pipeline import Pipeline
@@ -29,6 +32,19 @@ def truth_errors(pipeline: Pipeline) -> dict[str, dict[str, float]]:
         for key, clip, finished in finished_clips(pipeline)
     }
     return {clip_id: numbers for clip_id, numbers in errors.items() if numbers is not None}
+
+
+def audit_finished(pipeline: Pipeline, most: int) -> tuple[dict[str, Verdict], int]:
+    """(clip id -> the audit's verdict on what would be packed, number of finished clips). At most `most` clips are judged, spread
+    evenly; the video's pictures are read again."""
+    names = [clip.clip_id for _, clip, _ in finished_clips(pipeline)]
+    chosen = {names[i] for i in np.unique(np.rint(np.linspace(0, len(names) - 1, min(most, len(names)))).astype(int))}
+    verdicts = {
+        clip.clip_id: audit(read_frames(pipeline.video_path(key), clip, clip.height, clip.width), finished)
+        for key, clip, finished in finished_clips(pipeline)
+        if clip.clip_id in chosen
+    }
+    return verdicts, len(names)
 
 
 def consistency_faults(pipeline: Pipeline) -> dict[str, str]:

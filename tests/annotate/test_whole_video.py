@@ -59,7 +59,7 @@ def test_clips_share_a_lens_and_one_that_is_set_aside_takes_no_other_with_it() -
     clips = [clip(name) for name in "abxzw"]
     whole = WholeVideo(Engine(), clips, read)  # type: ignore[arg-type]
     for name in "ab":
-        geometry, measured = whole.estimate(clip(name))
+        _, geometry, measured = whole.estimate(clip(name))
         assert geometry == (name, 99.0)
         assert measured == Measured({"focal": 99.0}, "mixed")
     for name, reason, focal in (("x", "too few", None), ("z", "another lens", 0.0), ("w", "ambiguous", 99.0)):
@@ -71,8 +71,8 @@ def test_clips_share_a_lens_and_one_that_is_set_aside_takes_no_other_with_it() -
 
 def test_a_lens_beside_the_video_is_taken_as_it_is() -> None:
     whole = WholeVideo(Engine(), [clip("a", LENS), clip("b")], read)  # type: ignore[arg-type]
-    assert whole.estimate(clip("a", LENS))[0] == ("a", 60.0)
-    assert whole.estimate(clip("b"))[0] == ("b", 99.0)
+    assert whole.estimate(clip("a", LENS))[1] == ("a", 60.0)
+    assert whole.estimate(clip("b"))[1] == ("b", 99.0)
 
 
 def test_an_engine_without_solutions_gets_the_known_lens() -> None:
@@ -83,7 +83,7 @@ def test_an_engine_without_solutions_gets_the_known_lens() -> None:
             return None if intrinsics is None else intrinsics[0, 0]
 
     for one, expected in ((clip("a", LENS), 60.0), (clip("a"), None)):
-        assert WholeVideo(Plain(), [one], read).estimate(one) == (expected, Measured())  # type: ignore[arg-type]
+        assert WholeVideo(Plain(), [one], read).estimate(one)[1:] == (expected, Measured())  # type: ignore[arg-type]
 
 
 CONFIG = ClipConfig(frames=5, fps=12, short_side=96, long_side=160, stride=5)

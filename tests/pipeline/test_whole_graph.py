@@ -37,7 +37,7 @@ def test_every_job_runs_from_videos_to_reports(finished_graph: FinishedGraph, se
 def test_annotations_agree_with_the_exact_truth_and_with_themselves(finished_graph: FinishedGraph) -> None:
     checks = {check.check_name: check for run in finished_graph.runs.values() for check in run.get_asset_check_evaluations()}
     # validation_improved says nothing after a handful of steps; the demo shows it.
-    for name in ("annotation_matches_truth", "clips_are_consistent", "dataset_is_whole"):
+    for name in ("annotation_matches_truth", "clips_are_consistent", "geometry_is_true", "dataset_is_whole"):
         assert checks[name].passed, (checks[name].description, checks[name].metadata)
     assert checks["annotation_matches_truth"].metadata["clips with truth"].value == 2
 
