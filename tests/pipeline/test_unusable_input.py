@@ -35,7 +35,7 @@ def test_one_bad_video_alone_is_heard_and_nothing_is_called_passed(environment: 
     assert done.returncode == 1
     warned = [line for line in said.splitlines() if "WARNING" in line and "set aside bad.mp4" in line]
     assert len(warned) == 1
-    assert said.count("NOTHING TO CHECK") == 2
+    assert said.count("NOTHING TO CHECK") == 3
     assert "passed" not in said
     assert "every video in" in said
     assert "Stack Trace" not in said
