@@ -1,4 +1,7 @@
-"""`python -m fw_model.data verify DIR` and `info DIR`: exit code 0 if all is well, 1 on any fault, 2 on wrong usage."""
+"""`python -m fw_model.data verify DIR`, `info DIR` and `export DATASET CLIP DIR`.
+
+Exit code 0 if all is well, 1 on any fault, 2 on wrong usage.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fw_model.config import load_preset
+from fw_model.data.export import clip_world, decoder
 from fw_model.data.manifest import dataset_digest, dataset_folder, read_manifest, read_texts
 from fw_model.data.verify import iter_faults
 from fw_model.errors import explain_errors
@@ -26,8 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tell = commands.add_parser("info", help="clips, buckets, splits, sizes, who made them, what was set aside and why")
     tell.add_argument("dataset", metavar="DIR")
     tell.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    export = commands.add_parser("export", help="write one clip as video, depth, cloud, cameras and a page to look at")
+    export.add_argument("dataset", metavar="DATASET")
+    export.add_argument("clip", metavar="CLIP", help="its id, as `info` and the manifest name it")
+    export.add_argument("folder", metavar="DIR", type=Path)
+    export.add_argument("--preset", default="tiny", help="whose VAE made the latents (default: tiny)")
+    export.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
+    if args.command == "export":
+        return _export(args.dataset, args.clip, args.folder, args.preset, args.device)
     return _verify(args.dataset) if args.command == "verify" else _info(args.dataset, args.json)
+
+
+def _export(dataset: str, clip: str, folder: Path, preset: str, device: str) -> int:
+    world = clip_world(dataset, clip, decoder(dataset, load_preset(preset), device))
+    print(world.save(folder))
+    return 0
 
 
 def _verify(path: str) -> int:

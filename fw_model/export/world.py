@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -49,3 +50,9 @@ class World:
         wrong += [f"{len(cameras)} cameras" for cameras in (self.cameras, self.requested) if cameras and len(cameras) != shape[0]]
         if wrong:
             raise ValueError(f"world: video is {list(self.video.shape)}, but there are {', '.join(wrong)}")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write video, depth, cloud, cameras and a page to look at them; see `fw_model.export.save.save_world`."""
+        from fw_model.export.save import save_world
+
+        return save_world(self, Path(folder))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from fw_model.errors import EncoderError
 
 P = ParamSpec("P")
 LATENT_CHANNELS = 16
+Part = Literal["vae", "text", "image"]
+PARTS: tuple[Part, ...] = ("vae", "text", "image")
 # Wan's own per-channel statistics do not fit seeded VAE weights; theirs are measured once on this many noise frames.
 _CALIBRATION_SHAPE = (1, 3, 5, 64, 64)
 
@@ -41,7 +43,7 @@ def _one_at_a_time(encode: Callable[Concatenate[Encoders, P], np.ndarray]) -> Ca
 class Encoders:
     """VAE, text and image encoder with their preprocessing, on one device. Threads may share them."""
 
-    vae: Any
+    vae: Any  # each part None where it was not asked for
     text: Any
     tokenizer: Any
     image: Any
@@ -53,21 +55,25 @@ class Encoders:
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @classmethod
-    def from_config(cls, config: EncodersConfig, text_len: int, device: str = "cpu") -> Encoders:
+    def from_config(cls, config: EncodersConfig, text_len: int, device: str = "cpu", parts: Collection[Part] = PARTS) -> Encoders:
         """Load or make the encoders.
 
         Args:
             config: which weights, and the dimensions of seeded ones.
             text_len: prompts are cut to this many tokens (512 for the published base).
             device: torch device they run on.
+            parts: which of the three; the others take no memory, and calls that need them fail.
 
         Raises:
             EncoderError: the weights are not on disk and cannot be downloaded.
         """
-        parts = _make(config) if config.weights.source == "seeded" else _load(config, getattr(torch, config.dtype))
-        for module in (parts["vae"], parts["text"], parts["image"]):
-            module.to(device).eval().requires_grad_(False)
-        return cls(**parts, text_len=text_len, identities=config.identities(text_len))
+        made = _make(config) if config.weights.source == "seeded" else _load(config, getattr(torch, config.dtype), parts)
+        for name in PARTS:
+            if name not in parts:
+                made[name] = None
+            else:
+                made[name].to(device).eval().requires_grad_(False)
+        return cls(**made, text_len=text_len, identities=config.identities(text_len))
 
     @_one_at_a_time
     def encode_video(self, frames: np.ndarray) -> np.ndarray:
@@ -82,6 +88,23 @@ class Encoders:
         mean = torch.tensor(self.vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
         std = torch.tensor(self.vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
         return ((latents - mean) / std)[0].half().cpu().numpy()
+
+    @_one_at_a_time
+    def decode_video(self, latents: np.ndarray, tile: int | None = None) -> np.ndarray:
+        """Normalised latents [16, F, h8, w8] -> frames [T, 8 h8, 8 w8, 3] uint8 RGB, T = 4 (F - 1) + 1.
+
+        The VAE decodes one latent frame after the other and keeps what it needs of those before, so memory does not grow with T.
+        tile: decode the picture in overlapping tiles of this many pixels, blended: memory does not grow with its size either.
+        """
+        given = torch.from_numpy(latents).to(self.vae.device)[None].float()
+        mean = torch.tensor(self.vae.config.latents_mean, device=given.device).view(1, -1, 1, 1, 1)
+        std = torch.tensor(self.vae.config.latents_std, device=given.device).view(1, -1, 1, 1, 1)
+        if tile is None:
+            self.vae.disable_tiling()
+        else:  # neighbours share a quarter
+            self.vae.enable_tiling(tile, tile, tile * 3 // 4, tile * 3 // 4)
+        pictures = self.vae.decode((given * std + mean).to(self.vae.dtype)).sample[0].float()
+        return np.asarray(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
 
     @_one_at_a_time
     def encode_text(self, prompt: str) -> np.ndarray:
@@ -106,16 +129,21 @@ class Encoders:
         return hidden[0].float().half().cpu().numpy()
 
 
-def _load(config: EncodersConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _load(config: EncodersConfig, dtype: torch.dtype, parts: Collection[Part]) -> dict[str, Any]:
     from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
     repo, revision = config.weights.repo, config.weights.revision
+    made: dict[str, Any] = {"vae": None, "text": None, "tokenizer": None, "image": None}
     try:
-        vae = AutoencoderKLWan.from_pretrained(repo, subfolder="vae", revision=revision, torch_dtype=dtype)
-        text = UMT5EncoderModel.from_pretrained(repo, subfolder="text_encoder", revision=revision, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(repo, subfolder="tokenizer", revision=revision)
-        image = CLIPVisionModel.from_pretrained(repo, subfolder="image_encoder", revision=revision, dtype=dtype)
+        if "vae" in parts:
+            made["vae"] = AutoencoderKLWan.from_pretrained(repo, subfolder="vae", revision=revision, torch_dtype=dtype)
+        if "text" in parts:
+            made["text"] = UMT5EncoderModel.from_pretrained(repo, subfolder="text_encoder", revision=revision, dtype=dtype)
+            made["tokenizer"] = AutoTokenizer.from_pretrained(repo, subfolder="tokenizer", revision=revision)
+        if "image" in parts:
+            made["image"] = CLIPVisionModel.from_pretrained(repo, subfolder="image_encoder", revision=revision, dtype=dtype)
+        sizes = CLIPVisionConfig.from_pretrained(repo, subfolder="image_encoder", revision=revision)
     except (OSError, ValueError) as error:
         raise EncoderError(
             f"encoders: could not load {repo!r} (revision {revision!r}): {error}\n"
@@ -123,8 +151,9 @@ def _load(config: EncodersConfig, dtype: torch.dtype) -> dict[str, Any]:
             f"  hf download {repo} --include 'vae/*' 'text_encoder/*' 'tokenizer/*' 'image_encoder/*'\n"
             f"or set encoders.weights.repo to a local folder that holds them. To run without any download use the preset 'tiny'."
         ) from error
-    check_embeddings(text, repo)
-    return {"vae": vae, "text": text, "tokenizer": tokenizer, "image": image, "image_size": image.config.image_size}
+    if "text" in parts:
+        check_embeddings(made["text"], repo)
+    return made | {"image_size": sizes.image_size}
 
 
 def check_embeddings(text: Any, where: str) -> None:

@@ -173,6 +173,42 @@ class FantasyWorld(nn.Module):
         Raises:
             ValueError: shapes that do not fit; names the nearest sizes that do.
         """
+        velocity, features, tokens_BGD, grid = self._branches(
+            latents, image_latents, timestep, text, image_features, camera, pose_mask, camera_mask
+        )
+        return self._decode(velocity, features, tokens_BGD, grid)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        image_latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor,
+        camera: Tensor | None,
+    ) -> Tensor:
+        """`forward` without its heads, a tenth of a pass: [B, 16, F, H/8, W/8], the same bits.
+
+        Raises ValueError as `forward`, and in stage 1, which has no velocity.
+        """
+        if self.stage != "stage2":
+            raise ValueError("stage 1 does not run the base to its end: there is no velocity; call set_stage('stage2') first")
+        velocity, *_ = self._branches(latents, image_latents, timestep, text, image_features, camera, None, None)
+        assert velocity is not None
+        return velocity
+
+    def _branches(
+        self,
+        latents: Tensor,
+        image_latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor,
+        camera: Tensor | None,
+        pose_mask: Tensor | None,
+        camera_mask: Tensor | None,
+    ) -> tuple[Tensor | None, list[Tensor], Tensor, tuple[int, int, int]]:
+        """Velocity (None in stage 1), what the dense heads read, geometry tokens, grid of patches."""
         check_clip_size(frames_of(latents.shape[2]), latents.shape[-2] * SPATIAL_STRIDE, latents.shape[-1] * SPATIAL_STRIDE)
         joined = self.stage == "stage2"
         pose_BND = None if camera is None else self.pose_encoder(camera)
@@ -204,7 +240,7 @@ class FantasyWorld(nn.Module):
             if i + 1 in self.config.geometry.head_layers:
                 features += [tokens_BGD] * self.config.geometry.head_layers.count(i + 1)
         velocity = self.base.head(hidden_BND, cond) if joined else None
-        return self._decode(velocity, features, tokens_BGD, cond.grid)
+        return velocity, features, tokens_BGD, cond.grid
 
     def _exchange_positions(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Rotary, Rotary]:
         """Of video tokens and of geometry tokens, in the width of the exchange's heads."""

@@ -37,16 +37,11 @@ from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.report.evaluation import CAMERA_NUMBERS, Evaluation, means
 from fw_model.report.figures import pick_frames, thumbnail_png
 from fw_model.report.page import ClipResult, ReportData, page
-from fw_model.train.checkpoints import (
-    CheckpointError,
-    CheckpointMetadata,
-    latest_checkpoint,
-    load_checkpoint,
-    read_metadata,
-)
+from fw_model.train.checkpoints import CheckpointError, CheckpointMetadata, latest_checkpoint
 from fw_model.train.losses import make_targets
-from fw_model.train.objective import LOSS_NAMES, SCHEDULE, autocast, base_dtype, fixed_draws, generator_for, predict
+from fw_model.train.objective import LOSS_NAMES, SCHEDULE, autocast, fixed_draws, generator_for, predict
 from fw_model.train.run_folder import read_result
+from fw_model.train.trained import check_trained, load_trained
 
 NOISE_SHARE = 0.1  # clips are shown to the model with about this much noise
 BANDS = {"low": NOISE_SHARE, "middle": 0.5, "high": 0.9}  # shares of noise at which all numbers are taken
@@ -82,12 +77,9 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(f"{run}: no step-N.safetensors; train first, e.g. dagster job execute -j stage1_training")
-    metadata = read_metadata(checkpoint)
+    metadata = check_trained(checkpoint)
     _, held_out = open_dataset(dataset, metadata.preset, metadata.stage, device)
-    model = FantasyWorld.from_preset(metadata.preset)
-    load_checkpoint(checkpoint, model, metadata.stage, metadata.preset)
-    model.base.to(base_dtype(metadata.preset.stage(metadata.stage)))  # as it was trained
-    model.to(device).eval()
+    model = load_trained(checkpoint, metadata, device)
     timesteps = {band: nearest_timestep(share) for band, share in BANDS.items()}
     timestep = timesteps["low"]
     chosen = pick_frames(len(held_out), clips)

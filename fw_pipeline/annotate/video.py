@@ -185,22 +185,3 @@ def _check_order(last: float, time: float) -> None:
         raise VideoSetAside(f"frames out of order: two of them at {time:.3f} s; convert it to MP4")
     if np.isfinite(last) and time - last > LONGEST_PAUSE:
         raise VideoSetAside(f"times cannot be trusted: nothing between {last:.2f} s and {time:.2f} s; convert it to MP4")
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
-    """Encode RGB frames [h, w, 3] uint8 (even sizes) as H.264 mp4; frame i is presented at i / fps seconds."""
-    rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = None
-        for index, frame in enumerate(frames):
-            if stream is None:
-                # Without mbtree, because with it x264 gives other bytes from run to run.
-                options = {"crf": "14", "x264-params": "mbtree=0"}
-                stream = container.add_stream("libx264", rate=rate, options=options)
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = index, 1 / rate
-            container.mux(stream.encode(picture))
-        if stream is not None:
-            container.mux(stream.encode())

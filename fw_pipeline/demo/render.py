@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 
 from fw_model.errors import explain_errors
+from fw_model.export.video import write_video
 from fw_model.files import whole_file
 from fw_pipeline.annotate.truth import ground_truth_path
-from fw_pipeline.annotate.video import write_video
 from fw_pipeline.demo.scenes import SCENES, SHOTS, Scene, Shot, Solid, VideoPlan
 
 FPS = 24

@@ -14,10 +14,11 @@ import torch
 from fw_model.cameras import Cameras, unproject, write_pose_file
 from fw_model.data.manifest import SPLITS, ClipRow, read_manifest
 from fw_model.data.shard_reader import ShardReader
+from fw_model.export.video import write_video
 from fw_model.files import whole_folder, write_json
 from fw_pipeline.annotate.clips import clips_from_json, read_frames, video_key
 from fw_pipeline.annotate.types import Clip
-from fw_pipeline.annotate.video import decode, write_video
+from fw_pipeline.annotate.video import decode
 from fw_pipeline.guide_layout.metadata import METADATA, GuideLayoutError
 from fw_pipeline.steps.store import Store
 

@@ -12,8 +12,8 @@ import numpy as np
 from fw_model.config import Preset
 from fw_model.data.manifest import ClipRow, read_manifest
 from fw_model.data.shard_reader import ShardReader
+from fw_model.export.video import write_video
 from fw_model.model.encoders import Encoders
-from fw_pipeline.annotate.video import write_video
 from fw_pipeline.guide_layout.importer import ImportPlan, ImportResult, import_guide
 
 SIZE = (48, 64)

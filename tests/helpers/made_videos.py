@@ -44,8 +44,10 @@ def write(
     tags (matrix, transfer, primaries, range) of ITU-T H.273; `format` is that of the frames given, `layout` of those coded.
     """
     times = np.arange(len(frames)) / 24 if times is None else times
+    # Else x264 gives other bytes from run to run, and two videos of the same frames differ by some grey levels.
+    same = {"x264-params": "mbtree=0:threads=1"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=24, options={"crf": "8"} | (encoder or {}))
+        stream = container.add_stream(codec, rate=24, options={"crf": "8"} | same | (encoder or {}))
         first = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[0]), format=format)
         stream.height, stream.width = first.height, first.width
         stream.bit_rate = 4_000_000  # for codecs without a constant quality
