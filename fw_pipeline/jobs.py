@@ -21,4 +21,7 @@ validation = dg.define_asset_job(
     "validation", select("stage1_report", "stage2_report"), description="Ground truth beside prediction, as HTML."
 )
 
-JOBS = [annotate_videos, build_dataset, stage1_training, stage2_training, validation]
+# One partition per request, as `annotate_videos` has one per video.
+generate = dg.define_asset_job("generate", select("generated_worlds"), description="Requests to worlds, with stage 2.")
+
+JOBS = [annotate_videos, build_dataset, stage1_training, stage2_training, validation, generate]

@@ -2,9 +2,9 @@
 
     python -m fw_pipeline.launch annotate_videos build_dataset
 
-The per-video assets are partitioned, and one run for many videos is a run over a range of partitions. This registers the
-folder's videos and names the range; `dagster job execute` alone has no way to say it. Jobs without partitions run as they
-do there. Runs are recorded in the instance at DAGSTER_HOME.
+The per-video assets are partitioned, and one run for many videos is a run over a range of partitions; so are worlds, by request.
+This registers what is in the folders and names the range; `dagster job execute` alone has no way to say it. Jobs without
+partitions run as they do there. Runs are recorded in the instance at DAGSTER_HOME.
 """
 
 import argparse
@@ -14,12 +14,16 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import yaml
 
 from fw_model.errors import ConfigError, MissingInput, explain_errors
-from fw_pipeline.partitions import LAUNCH, inventory_tags, register, retire
+from fw_pipeline.partitions import LAUNCH, REQUEST, inventory_tags, register, request_partitions, retire
+
+if TYPE_CHECKING:
+    from fw_pipeline.steps.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,14 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
     """Run one job here and wait for it.
 
     Raises:
-        MissingInput: there are no videos.
+        MissingInput: there are no videos, or no requests.
     """
     from fw_pipeline.checks import NOTHING
     from fw_pipeline.definitions import defs
     from fw_pipeline.resources import PIPELINE
-    from fw_pipeline.steps.inventory import take_inventory
 
     job, pipeline = defs.resolve_job_def(job_name), PIPELINE.build()  # built first: settings are refused before the run starts
-    tags = {}
-    if job.partitions_def is not None:
-        videos = pipeline.require_videos()
-        inventory = take_inventory(pipeline.settings)
-        print("\n".join(inventory.lines()), flush=True)
-        # Videos in a folder that cannot be read now are not gone.
-        if not inventory.listing.closed and (old := retire(instance, videos)):
-            print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
-        tags = register(instance, sorted(videos)) | inventory_tags(inventory)
+    tags = _partition_tags(instance, job, pipeline)
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []
@@ -71,6 +66,30 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
         failed.append(f"{job_name}: failed; see the log above")
     partly = len(failed) == len(failures) and all(map(_of_single_videos, failures))
     return Outcome(failed, warned, unchecked, partly=bool(failures) and partly)
+
+
+def _partition_tags(instance: dg.DagsterInstance, job: dg.JobDefinition, pipeline: "Pipeline") -> dict[str, str]:
+    """Register what the job has partitions for, videos or requests, retire those that are gone, and name all of them.
+
+    Raises MissingInput when there are none.
+    """
+    from fw_pipeline.steps.inventory import take_inventory
+
+    if job.partitions_def is None:
+        return {}
+    if job.partitions_def == request_partitions:
+        from fw_pipeline.steps.worlds import read_folder
+
+        requests = read_folder(pipeline.settings)
+        retire(instance, requests.jobs, REQUEST)
+        return register(instance, sorted(requests.jobs), REQUEST)
+    videos = pipeline.require_videos()
+    inventory = take_inventory(pipeline.settings)
+    print("\n".join(inventory.lines()), flush=True)
+    # Videos in a folder that cannot be read now are not gone.
+    if not inventory.listing.closed and (old := retire(instance, videos)):
+        print(f"{len(old)} partitions retired, whose videos are no longer in {pipeline.settings.videos}: {', '.join(old)}")
+    return register(instance, sorted(videos)) | inventory_tags(inventory)
 
 
 def _of_single_videos(event: dg.DagsterEvent) -> bool:

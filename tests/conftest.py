@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from fw_pipeline.demo.render import SHOTS, render_demo
-from tests.helpers.graph import FinishedGraph, prepare
+from tests.helpers.graph import FinishedGraph, prepare, write_requests
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def two_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_graph(tmp_path_factory: pytest.TempPathFactory, two_videos: Path) -> FinishedGraph:
     from fw_pipeline.definitions import defs
     from fw_pipeline.jobs import JOBS
-    from fw_pipeline.partitions import register
+    from fw_pipeline.partitions import REQUEST, register
     from fw_pipeline.steps.pipeline import Pipeline
     from fw_pipeline.steps.settings import settings_from_env
 
@@ -32,8 +32,14 @@ def finished_graph(tmp_path_factory: pytest.TempPathFactory, two_videos: Path) -
         prepare(root, two_videos, patch)
         (root / "videos" / "not a vidéo.mp4").write_text("hello")
         with dg.DagsterInstance.get() as instance:
-            tags = register(instance, list(Pipeline(settings_from_env()).videos))
-            runs = {job.name: defs.resolve_job_def(job.name).execute_in_process(instance=instance, tags=tags) for job in JOBS}
+            videos = register(instance, list(Pipeline(settings_from_env()).videos))
+            worlds = register(instance, write_requests(root / "data"), REQUEST)
+            runs = {
+                job.name: defs.resolve_job_def(job.name).execute_in_process(
+                    instance=instance, tags=worlds if job.name == "generate" else videos
+                )
+                for job in JOBS
+            }
     return FinishedGraph(root, runs)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fw_model.config import ClipConfig
 from fw_model.errors import BadFileError
 from fw_model.export.save import is_saved
+from fw_model.export.world import World
 from fw_model.files import file_hash
 from fw_model.generate.pipeline import FantasyWorldPipeline
 from fw_model.generate.request import BadRequest, Prepared, Request, parse_request, prepare
@@ -28,6 +29,11 @@ class Job:
     name: str
     folder: Path
     request: Request
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What is to be embedded."""
+        return self.request.prompt, self.request.negative_prompt
 
 
 def read_requests(path: Path, out: Path, common: dict[str, Any] | None = None) -> tuple[list[Job], list[str]]:
@@ -103,7 +109,7 @@ def make_all(
             failed += 1
             print(f"{job.name}: {error}", file=sys.stderr)
             continue
-        if _is_there(job, prepared, made_by):
+        if is_there(job, prepared, made_by):
             print(f"{job.folder}: there already")
         else:
             todo.append((job, prepared))
@@ -111,15 +117,21 @@ def make_all(
         return failed
     pipeline = build()
     # all prompts at once: the text encoder is large, and loaded for this alone
-    pipeline.embed({text for job, _ in todo for text in (job.request.prompt, job.request.negative_prompt)})
+    pipeline.embed(text for job, _ in todo for text in job.texts)
     for job, prepared in tqdm(todo, desc="worlds", unit="world", disable=None if progress and len(todo) > 1 else True):
         (world,) = pipeline.run([prepared], progress=progress)
-        replace(world, meta={**world.meta, "fingerprint": fingerprint(prepared, made_by)}).save(job.folder)
+        saved_with(world, prepared, made_by).save(job.folder)
         print(job.folder)
     return failed
 
 
-def _is_there(job: Job, prepared: Prepared, made_by: str) -> bool:
+def saved_with(world: World, prepared: Prepared, made_by: str) -> World:
+    """The world with what it was made from in its `meta`."""
+    return replace(world, meta={**world.meta, "fingerprint": fingerprint(prepared, made_by)})
+
+
+def is_there(job: Job, prepared: Prepared, made_by: str) -> bool:
+    """Whether the job's folder is a whole world that was made from just this."""
     if not is_saved(job.folder):
         return False
     meta = json.loads((job.folder / "meta.json").read_text(encoding="utf-8"))

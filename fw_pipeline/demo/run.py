@@ -3,7 +3,8 @@
     python -m fw_pipeline.demo.run [--videos FOLDER]
 
 Renders the demo videos (or takes one's own), then launches annotate_videos, build_dataset, stage1_training,
-stage2_training and validation in this process, recorded in the instance at DAGSTER_HOME, so `make dev` shows them.
+stage2_training, validation and generate in this process, recorded in the instance at DAGSTER_HOME, so `make dev` shows them.
+The world at the end begins with the first frame of the first clip and turns around it.
 Prints one JSON object last. Exits 1 when a job or an asset check fails; that training improved the validation losses is such a
 check for the rendered videos and a warning for one's own.
 """
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.videos is None:
         render(settings.videos)
     started = time.perf_counter()
-    outcome = run_jobs()
+    outcome = run_jobs(settings)
     if outcome.failed:
         print(f"\nmake demo: failed: {'; '.join(outcome.failed)}", file=sys.stderr)
         return 1
@@ -67,9 +68,10 @@ def render(folder: Path) -> None:
     render_demo(folder)
 
 
-def run_jobs() -> Outcome:
+def run_jobs(settings: Settings) -> Outcome:
     """Launch every job in order, up to the first that fails for more than single videos; the warnings of all are kept."""
     from fw_pipeline.jobs import JOBS
+    from fw_pipeline.steps.worlds import write_example
 
     failed: list[str] = []
     warned: list[str] = []
@@ -77,6 +79,8 @@ def run_jobs() -> Outcome:
     with open_instance() as instance:
         for number, job in enumerate(JOBS, 1):
             print(f"\n[{number}/{len(JOBS)}] {job.name}: {job.description}", flush=True)
+            if job.name == "generate":
+                write_example(settings)
             outcome = launch(instance, job.name)
             warned += outcome.warned
             unchecked += outcome.unchecked
@@ -102,14 +106,17 @@ def summary(settings: Settings) -> dict[str, Any]:
         result = plan.result() or {}
         numbers[stage] = {"checkpoint": str(plan.output / result["checkpoint"]), **result["validation"]}
     report = pipeline.store.report("stage2")
+    world = settings.data / "worlds" / "demo" / "first"
     print("\nreports:", pipeline.store.report("stage1"), report, sep="\n  ")
     print("checkpoints:", numbers["stage1"]["checkpoint"], numbers["stage2"]["checkpoint"], sep="\n  ")
+    print("a world to turn, in any browser:", world / "scene.html", sep="\n  ")
     print("see it all in the Dagster UI: make dev\n")
     return {
         "clips": sum(not row.quarantine for row in rows),
         "set_aside": sum(bool(row.quarantine) for row in rows),
         **numbers,
         "report": str(report),
+        "world": str(world),
     }
 
 

@@ -30,6 +30,7 @@ class Settings(Config):
 
     data: Path = Field(PROJECT / "data", description="folder where everything is written")
     videos: Path = Field(PROJECT / "data" / "videos", description="folder that videos are read from, with subfolders")
+    requests: Path = Field(PROJECT / "data" / "requests", description="folder of the lists (*.jsonl) that worlds are made from")
     linked_folders: bool = Field(False, description="also enter folders that are links out of the videos folder")
     linked_files: bool = Field(False, description="also read videos that are links out of it, as a hub's cache has them")
     preset: str = Field("tiny", description="name of a preset, or a YAML file")
@@ -94,8 +95,9 @@ def names() -> dict[str, FieldInfo]:
 def settings_from_env(**overrides: Any) -> Settings:
     """Settings of the profile in FW_PROFILE (default laptop), then the variables, then `overrides`, by the names of `names()`.
 
-    FW_DATA also moves the videos, unless FW_VIDEOS says otherwise. Preset overrides are for run config only. An override that
-    is None, and a variable that is empty, is left out. A variable may be of an engine that is not chosen, an override may not.
+    FW_DATA also moves videos and requests, unless FW_VIDEOS and FW_REQUESTS say otherwise. Preset overrides are for run config
+    only. An override that is None, and a variable that is empty, is left out. A variable may be of an engine that is not chosen,
+    an override may not.
 
     Raises ConfigError for an unknown profile, name or engine, a misspelt variable, or a value that does not fit; it gives the
     setting's name, and of a name that is not there the nearest.
@@ -109,12 +111,13 @@ def settings_from_env(**overrides: Any) -> Settings:
     values = dict(PROFILES[profile])
     if data := os.environ.get("FW_DATA"):
         values["videos"] = _absolute(data) / "videos"
+        values["requests"] = _absolute(data) / "requests"
     for name in names().keys() - {"overrides"}:
         if value := os.environ.get(f"FW_{name.upper()}"):
             values[name] = value
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
-    for key in ("data", "videos"):
+    for key in ("data", "videos", "requests"):
         if key in values:
             values[key] = _absolute(values[key])
     try:

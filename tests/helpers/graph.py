@@ -1,5 +1,6 @@
 """An environment that points every command at a scratch folder, and a shell in it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -43,6 +44,16 @@ def prepare(root: Path, videos: Path, patch: pytest.MonkeyPatch) -> None:
     for name, value in environment_of(root).items():
         patch.setenv(name, value)
     patch.delenv("FW_PROFILE", raising=False)
+
+
+def write_requests(data: Path) -> list[str]:
+    """A list of two small requests in a data folder; returns their keys."""
+    (data / "requests").mkdir(parents=True)
+    asked = [
+        {"name": name, "prompt": "a room", "trajectory": name, "steps": 2, "guidance_scale": 1} for name in ("pan_left", "spiral")
+    ]
+    (data / "requests" / "list.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    return [f"list.{one['name']}" for one in asked]
 
 
 def environment_of(root: Path) -> dict[str, str]:

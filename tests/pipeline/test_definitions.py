@@ -16,6 +16,7 @@ GROUPS = {
     "dataset": {"latents", "training_shards"},
     "train": {"stage1_checkpoint", "stage2_checkpoint"},
     "validate": {"stage1_report", "stage2_report"},
+    "generate": {"generated_worlds"},
 }
 
 
@@ -29,7 +30,7 @@ def test_groups_and_assets_are_those_of_the_documents() -> None:
 
 def test_jobs_sensor_and_schedule_are_there() -> None:
     jobs = {job.name for job in defs.resolve_all_job_defs()}
-    assert {"annotate_videos", "build_dataset", "stage1_training", "stage2_training", "validation"} <= jobs
+    assert {"annotate_videos", "build_dataset", "stage1_training", "stage2_training", "validation", "generate"} <= jobs
     assert defs.resolve_sensor_def("new_videos").job_name == "annotate_videos"
     assert defs.resolve_schedule_def("reannotate").cron_schedule == "0 3 * * *"
 

@@ -16,6 +16,7 @@ from fw_pipeline.steps.settings import names, roles, settings_from_env
 OTHER: dict[str, Any] = {
     "data": "/d",
     "videos": "/v",
+    "requests": "/r",
     "linked_folders": True,
     "linked_files": True,
     "preset": "wan2.1-fun-1.3b",

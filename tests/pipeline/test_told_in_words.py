@@ -20,7 +20,7 @@ from fw_pipeline.steps.packing import LISTED, pack
 from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.settings import settings_from_env
 from fw_pipeline.steps.store import Done
-from tests.helpers.graph import shell
+from tests.helpers.graph import shell, write_requests
 
 STACK = re.compile(r"Stack Trace|Traceback|^ +File \"", re.MULTILINE)
 
@@ -35,7 +35,7 @@ def failures(run: dg.ExecuteInProcessResult) -> list[Any]:
     return [event.step_failure_data for event in run.all_events if event.is_step_failure]
 
 
-@pytest.mark.parametrize("job", [job.name for job in JOBS if job.name != "annotate_videos"])
+@pytest.mark.parametrize("job", [job.name for job in JOBS if job.name not in ("annotate_videos", "generate")])
 def test_a_job_that_lacks_something_names_what_makes_it_and_shows_no_stack(environment: Path, job: str) -> None:
     (environment / "videos").rename(environment / "kept")
     (environment / "videos").mkdir()
@@ -44,6 +44,18 @@ def test_a_job_that_lacks_something_names_what_makes_it_and_shows_no_stack(envir
     assert done.returncode == 1
     assert "Run: python -m fw_pipeline.launch" in done.stderr.replace("make it with", "Run")
     assert not STACK.search(done.stdout + done.stderr)
+
+
+def test_generation_names_what_it_lacks(environment: Path) -> None:
+    """First a list of requests, then a finished stage 2."""
+    line = "source env.sh && python -m fw_pipeline.launch generate"
+    without_list = shell(line)
+    write_requests(environment / "data")
+    without_stage2 = shell(line)
+    for done, said in ((without_list, "no lists of requests"), (without_stage2, "stage2 needs the packed dataset")):
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not STACK.search(done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ import dagster as dg
 import pytest
 
 from fw_model.data.manifest import read_manifest
+from fw_model.export.save import is_saved
 from fw_pipeline.definitions import defs
 from fw_pipeline.partitions import register
 from fw_pipeline.schedules import reannotate
 from fw_pipeline.steps.pipeline import Pipeline
 from fw_pipeline.steps.settings import Settings, settings_from_env
 from fw_pipeline.steps.training_plan import plan_training
+from fw_pipeline.steps.worlds import make_worlds, read_folder
 from tests.helpers.graph import LONG_SIDE, FinishedGraph, environment_of, shell
 
 STAGE2 = "source env.sh && dagster job execute -j stage2_training"
@@ -22,7 +24,8 @@ STAGE2 = "source env.sh && dagster job execute -j stage2_training"
 def settings(finished_graph: FinishedGraph) -> Settings:
     root = finished_graph.root
     preset = str(root / "quick.yaml")
-    return settings_from_env(data=root / "data", videos=root / "videos", preset=preset, annotation_long_side=LONG_SIDE)
+    folders = {"data": root / "data", "videos": root / "videos", "requests": root / "data" / "requests"}
+    return settings_from_env(**folders, preset=preset, annotation_long_side=LONG_SIDE)
 
 
 def test_every_job_runs_from_videos_to_reports(finished_graph: FinishedGraph, settings: Settings) -> None:
@@ -32,6 +35,19 @@ def test_every_job_runs_from_videos_to_reports(finished_graph: FinishedGraph, se
     assert (stage2.output / "step-3.safetensors").is_file()
     for name in ("stage1.html", "stage2.html"):
         assert (settings.data / "reports" / name).stat().st_size > 10_000
+
+
+def test_every_request_becomes_a_world_with_a_picture_in_the_ui(finished_graph: FinishedGraph, settings: Settings) -> None:
+    events = [e for e in finished_graph.runs["generate"].all_events if e.is_step_materialization and e.partition]
+    told = {event.partition: event.step_materialization_data.materialization.metadata for event in events}
+    assert set(told) == {"list.pan_left", "list.spiral"}
+    for key, metadata in told.items():
+        assert is_saved(settings.data / "worlds" / Path(key.replace(".", "/", 1)))
+        assert {"folder", "page", "picture", "rotation_degrees"} <= metadata.keys()
+    requests = read_folder(settings)
+    assert [made.kept for made in make_worlds(settings, requests, sorted(requests.jobs))] == [True, True]
+    gone = next(make_worlds(settings, requests, ["list.gone"]))
+    assert "any more" in gone.fault
 
 
 def test_annotations_agree_with_the_exact_truth_and_with_themselves(finished_graph: FinishedGraph) -> None:
