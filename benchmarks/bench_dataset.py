@@ -47,7 +47,7 @@ from fw_model.data.sampler import ResumableBucketSampler
 from fw_model.data.schema import Batch, ClipRecord
 from fw_model.data.shard_writer import ShardWriter
 from fw_model.train.loading import Batches
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 from fw_pipeline.guide_layout.exporter import export_guide
 
 T, H, W = 81, 336, 592

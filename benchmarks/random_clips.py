@@ -10,7 +10,7 @@ from middle_model import Size
 from fw_model.config import Preset
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 
 CLIPS = 4
 PROMPT = "A camera moves slowly through a furnished room with a wooden floor, a table, books and a lamp by the window. " * 5

@@ -29,7 +29,7 @@ from fw_model.cameras import (
     unproject,
     write_pose_file,
 )
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 from tests.helpers.poses import HEIGHT, WIDTH, pinhole, random_poses
 
 SHARED = Path(__file__).parents[1].parent / "shared"

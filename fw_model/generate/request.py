@@ -15,7 +15,8 @@ from fw_model.config import ClipConfig, Config
 from fw_model.errors import Explained, did_you_mean
 from fw_model.generate.sampling import SchedulerName, shifted_sigmas
 from fw_model.model.fantasy_world import check_clip_size
-from fw_model.trajectories import TRAJECTORIES, make_trajectory
+from fw_model.trajectory.formats import read_path_file
+from fw_model.trajectory.text import PathError, make_trajectory, parse_path
 
 MAX_SIDE = 4096  # pixels; beyond, a typing error is likelier than a wish
 
@@ -30,8 +31,8 @@ class Request(Config):
     prompt: str
     negative_prompt: str = ""
     image: Path | None = None  # the first picture; without one the prompt alone decides
-    trajectory: str | None = None  # a move by its name
-    pose_file: Path | None = None  # rows of 12, 16 or 19 numbers, see `fw_model.cameras.read_pose_file`
+    trajectory: str | None = None  # moves by name, see `fw_model.trajectory.text`
+    pose_file: Path | None = None  # a path in a file of its own, see `fw_model.trajectory.formats`
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -49,9 +50,8 @@ class Request(Config):
             raise ValueError("prompt: it is empty; say what is to be seen")
         if self.trajectory is not None and self.pose_file is not None:
             raise ValueError("trajectory and pose_file: both name a camera path; give one")
-        if self.trajectory is not None and self.trajectory not in TRAJECTORIES:
-            near = did_you_mean(self.trajectory, TRAJECTORIES)
-            raise ValueError(f"trajectory: no move {self.trajectory!r}{near}; there are {', '.join(TRAJECTORIES)}")
+        if self.trajectory is not None:
+            parse_path(self.trajectory)
         if isinstance(self.camera_scale, float) and not 0 < self.camera_scale < float("inf"):
             raise ValueError(f"camera_scale: {self.camera_scale:g} is no scale; it must be above 0, or 'scene'")
         if self.geometry_at != "last" and not (self.geometry_at and all(0 <= step < self.steps for step in self.geometry_at)):
@@ -105,7 +105,7 @@ def prepare(request: Request, clip: ClipConfig, cameras: Cameras | None = None, 
     tall = picture is not None and picture.shape[0] > picture.shape[1]
     height, width, frames = clip.bucket(*((2, 1) if tall else (1, 2)))
     height, width = request.height or height, request.width or width
-    given = _given_path(request, cameras)
+    given = _given_path(request, cameras, height, width)
     frames = request.num_frames or (len(given) if given is not None else frames)
     try:
         check_clip_size(frames, height, width)
@@ -114,7 +114,10 @@ def prepare(request: Request, clip: ClipConfig, cameras: Cameras | None = None, 
     if max(height, width) > MAX_SIDE:
         raise BadRequest(f"size: {height} x {width} pixels; at most {MAX_SIDE} a side")
     if given is None and request.trajectory is not None:
-        given = make_trajectory(request.trajectory, frames, height, width)
+        try:
+            given = make_trajectory(request.trajectory, frames, height, width)
+        except PathError as error:
+            raise BadRequest(f"trajectory: {error}") from error
     if given is not None:
         _check_path(given, frames)
         given = given.resized(height, width)
@@ -135,7 +138,7 @@ def read_picture(path: Path) -> np.ndarray:
         raise BadRequest(f"image: {path}: cannot be read as a picture ({error})") from error
 
 
-def _given_path(request: Request, cameras: Cameras | None) -> Cameras | None:
+def _given_path(request: Request, cameras: Cameras | None, height: int, width: int) -> Cameras | None:
     """The path that is already one camera a frame."""
     if cameras is not None:
         if request.trajectory is not None or request.pose_file is not None:
@@ -143,15 +146,12 @@ def _given_path(request: Request, cameras: Cameras | None) -> Cameras | None:
         return cameras
     if request.pose_file is None:
         return None
-    from fw_model.cameras import read_pose_file
-
     try:
-        found = read_pose_file(request.pose_file)
+        return read_path_file(request.pose_file, height, width).cameras
     except FileNotFoundError as error:
         raise BadRequest(f"pose_file: {request.pose_file}: is not there") from error
-    except PoseFileError as error:
+    except (PoseFileError, UnicodeDecodeError) as error:
         raise BadRequest(f"pose_file: {error}") from error
-    return found
 
 
 def _check_path(cameras: Cameras, frames: int) -> None:

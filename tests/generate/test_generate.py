@@ -25,7 +25,7 @@ from fw_model.model.encoders import Encoders
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.checkpoints import CheckpointError, checkpoint_parameters, save_checkpoint
 from fw_model.train.identity import CheckpointMetadata
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 
 FEW: dict[str, Any] = {"num_inference_steps": 3, "progress": False}
 
@@ -212,7 +212,7 @@ def test_no_tile_is_larger_than_asked_and_one_that_holds_all_changes_nothing(pre
     ("raw", "said"),
     [
         ({"prompt": "  "}, "prompt: it is empty"),
-        ({"prompt": "a", "trajectory": "orbit_36"}, "did you mean orbit_360deg"),
+        ({"prompt": "a", "trajectory": "obrit_left"}, "did you mean orbit_left"),
         ({"prompt": "a", "trajectory": "pan_left", "pose_file": "a.txt"}, "both name a camera path"),
         ({"prompt": "a", "stepps": 3}, "did you mean steps"),
         ({"prompt": "a", "steps": 0}, "steps"),
@@ -252,7 +252,7 @@ def test_sizes_paths_and_pictures_are_checked_before_anything_is_loaded(
         ({"image": tmp_path / "text.png"}, "cannot be read as a picture"),
         ({"image": tmp_path / "gone.png"}, "is not there"),
         ({"pose_file_path": tmp_path / "gone.txt"}, "is not there"),
-        ({"pose_file_path": tmp_path / "text.png"}, "could not convert"),
+        ({"pose_file_path": tmp_path / "text.png"}, "numbers; a row has|could not convert|is no number"),
     ]
     for more, said in cases:
         with pytest.raises(BadRequest, match=said):

@@ -12,7 +12,7 @@ import numpy as np
 from fw_model.data.manifest import ClipRow
 from fw_model.data.schema import ClipRecord
 from fw_model.data.shard_writer import ShardWriter
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 
 TEXT_VERSION = "seeded:0/text"
 

@@ -6,7 +6,7 @@ import torch
 
 from fw_model.cameras import Cameras, camera_rays, relative_to_first, unproject
 from fw_model.export.world import World
-from fw_model.trajectories import make_trajectory
+from fw_model.trajectory.text import make_trajectory
 
 
 def made_world(trajectory: str = "truck_right", frames: int = 5, height: int = 48, width: int = 80) -> World:

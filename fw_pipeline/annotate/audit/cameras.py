@@ -22,7 +22,7 @@ from fw_pipeline.annotate.motion_kind import NO_DEPTH, motion_kind, motion_numbe
 MIN_INSIDE = 0.5
 # A path is refused when the tracks' own is further from it than this and they clearly agree on that. True paths of real videos,
 # known from longer clips and larger pictures, were up to 1 % away from what tracks say.
-MAX_PATH, MIN_AUC = 0.03, 0.8
+MAX_PATH, MAX_TURN = 0.03, 0.5  # of the path; degrees
 CLEAR_RATIO, CLEAR_Z = 1.15, 2.5  # of costs, and deviations by which parts of the picture agree
 # A frame's pose is wrong when the other frames' points, which it shows, ask for another one.
 FRAME_RATIO, FRAME_PIXELS = 2.5, 0.4
@@ -84,15 +84,19 @@ def _path(whole: Witness, few: Witness, w2c: np.ndarray, intrinsics: np.ndarray,
     given, refined = poses(few.given), poses(few.refined)
     ratio, z = compare(few.observations, few.refined, few.given, few.block, few.scale)
     rotation, translation = relative_pose_errors(given, refined)
-    numbers |= {"path": ate(given, refined), "pose_auc": auc(rotation, translation, 5), "path_ratio": ratio, "path_z": z}
+    numbers |= {"path": ate(given, refined), "turn": float(rotation.mean()), "path_ratio": ratio, "path_z": z}
+    numbers["pose_auc"] = auc(rotation, translation, 5)
     inside = numbers["inside"]
-    elsewhere = numbers["path"] > MAX_PATH or numbers["pose_auc"] < MIN_AUC
+    elsewhere = numbers["path"] > MAX_PATH or numbers["turn"] > MAX_TURN
     if inside >= MIN_INSIDE and not (elsewhere and ratio > CLEAR_RATIO and z > CLEAR_Z):
         return
     cause, words = epipolar.likely_cause(whole.tracks, w2c, intrinsics, whole.size)
     share = f"the cameras explain {inside:.0%} of what the tracks show (at least {MIN_INSIDE:.0%})"
     if inside >= MIN_INSIDE:
-        share = f"tracks tell of a path {100 * numbers['path']:.1f} % away (error {ratio:.2f} times as large as it need be)"
+        share = (
+            f"tracks tell of a path {100 * numbers['path']:.1f} % and {numbers['turn']:.2f} degrees away (error {ratio:.2f} "
+            "times as large as it need be)"
+        )
     elif cause is Cause.PATH and _in_one_place(whole):
         cause, words = Cause.FOREGROUND, "what they explain lies together, the rest of the picture moves otherwise"
     yield Finding(cause, f"{share}: {words}")

@@ -10,14 +10,12 @@ from pathlib import Path
 from fw_model.errors import BadFileError, Explained, MissingInput
 from fw_pipeline.annotate.audit.audit import audit
 from fw_pipeline.annotate.audit.verdict import Verdict
-from fw_pipeline.annotate.clips import read_frames
-from fw_pipeline.annotate.types import Clip, ClipSetAside, VideoSetAside
+from fw_pipeline.annotate.types import ClipSetAside, VideoSetAside
 from fw_pipeline.guide_layout.check import Sample, check_sample
 from fw_pipeline.guide_layout.finish import Window, finish, read_pictures, windows
 from fw_pipeline.guide_layout.metadata import SampleError, read_metadata
 from fw_pipeline.steps.pipeline import Pipeline
-from fw_pipeline.steps.results import FinishedClip
-from fw_pipeline.steps.review import finished_clips
+from fw_pipeline.steps.review import audit_clip, finished_clips
 from fw_pipeline.steps.settings import settings_from_env
 
 
@@ -57,11 +55,8 @@ def items(folder: Path, videos: Path | None) -> Iterator[Item]:
 def _data(folder: Path, videos: Path | None) -> Iterator[Item]:
     pipeline = Pipeline(settings_from_env(data=folder.absolute(), videos=videos and videos.absolute()))
 
-    def judge(key: str, clip: Clip, finished: FinishedClip) -> Verdict:
-        return audit(read_frames(pipeline.video_path(key), clip, clip.height, clip.width), finished)
-
     for key, clip, finished in finished_clips(pipeline):
-        yield Item(clip.clip_id, partial(judge, key, clip, finished))
+        yield Item(clip.clip_id, partial(audit_clip, pipeline, key, clip, finished))
 
 
 def _guide(folder: Path) -> Iterator[Item]:

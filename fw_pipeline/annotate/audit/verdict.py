@@ -9,7 +9,7 @@ from enum import StrEnum
 from fw_pipeline.annotate.types import ClipSetAside
 
 # Raise it when the audit says other things of the same clip: what was accepted before is then judged again.
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2
 
 
 class Judgement(StrEnum):
