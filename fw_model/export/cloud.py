@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def frusta(world: World, size: float) -> tuple[np.ndarray, np.ndarray]:
             seen = rays @ pose[:, :3].T + pose[:, 3]
             lines += [(pose[:, 3], corner) for corner in seen]
             lines += [(seen[i], seen[(i + 1) % 4]) for i in range(4)]
-        lines += list(zip(centres[:-1], centres[1:], strict=True))
+        lines += list(pairwise(centres))
         colours += [colour] * (len(lines) - len(colours))
     return np.array(lines, np.float32).reshape(-1, 2, 3), np.array(colours, np.uint8).reshape(-1, 3)
 

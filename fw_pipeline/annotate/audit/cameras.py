@@ -94,8 +94,8 @@ def _path(whole: Witness, few: Witness, w2c: np.ndarray, intrinsics: np.ndarray,
     share = f"the cameras explain {inside:.0%} of what the tracks show (at least {MIN_INSIDE:.0%})"
     if inside >= MIN_INSIDE:
         share = (
-            f"tracks tell of a path {100 * numbers['path']:.1f} % and {numbers['turn']:.2f} degrees away (error {ratio:.2f} "
-            "times as large as it need be)"
+            f"tracks tell of a path {100 * numbers['path']:.1f} % and {numbers['turn']:.2f} degrees away "
+            f"(error {ratio:.2f} times as large as it need be)"
         )
     elif cause is Cause.PATH and _in_one_place(whole):
         cause, words = Cause.FOREGROUND, "what they explain lies together, the rest of the picture moves otherwise"
