@@ -2,6 +2,7 @@
 
     python -m fw_model.generate --checkpoint FILE --prompt "a room" --image first.png --trajectory orbit_360deg --out DIR
     python -m fw_model.generate --checkpoint FILE --requests worlds.jsonl --out DIR
+    python -m fw_model.generate preview --image first.png --trajectory orbit_right --depth depth.npy --out path.mp4
 
 FILE is a stage 2 checkpoint, or the folder of a run. With `--preset tiny` and no checkpoint the model is drawn from its seed:
 that tries the way, and the videos are noise. A `.jsonl` has a request a line, with the names of the options below:
@@ -37,8 +38,13 @@ class NoModel(Explained, ValueError):
 
 @explain_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["preview"]:
+        from fw_model.generate import preview
+
+        return preview.main(words[1:])
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if (args.prompt is None) == (args.requests is None):
         parser.error("give --prompt, or --requests with a list of them")
     given = {name: value for name, value in vars(args).items() if name in REQUEST and value is not None}

@@ -177,6 +177,17 @@ class FantasyWorldPipeline:
             self._texts[text] = pad_text(embedded, self.preset.model.wan.text_len).float()
         self._release("text")
 
+    def depth_of_picture(self, prepared: Prepared) -> Tensor:
+        """[H, W] z-depth, clip units, that the model reads in a request's picture, with no camera told and hardly any noise."""
+        self.embed([prepared.request.prompt])
+        with torch.no_grad():
+            ((image_latents, features),) = self._encode_pictures([prepared])
+            self.model.to(self.device)
+            inputs = _Inputs(image_latents.to(self.device), features.to(self.device), None)
+            noise = torch.randn(image_latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+            text = self._texts[prepared.request.prompt].to(self.device)[None]
+            return self._at_rest(prepared, noise, text, inputs).depth[0, 0].float().cpu()
+
     # ---- encoders
 
     def _encoder(self, part: Encoder) -> Encoders:
@@ -276,13 +287,17 @@ class FantasyWorldPipeline:
         which it reads from the picture with no camera told."""
         if one.request.camera_scale != "scene" or one.cameras is None:
             return 1.0 if one.request.camera_scale == "scene" else float(one.request.camera_scale)
-        sigma = float(SCHEDULE.sigmas[-1]) if one.picture is not None else 1.0
-        latents = (1 - sigma) * inputs.image_latents[:, :, :1].expand_as(noise) + sigma * noise
-        first = self._forward(latents, sigma, text, inputs).points[0, 0].float()
+        first = self._at_rest(one, noise, text, inputs).points[0, 0].float()
         distance = float(first.norm(dim=-1).mean())
         if not 0 < distance < float("inf"):
             raise BadRequest(f"camera_scale: the scene's mean distance came out as {distance:g}; give a number")
         return distance
+
+    def _at_rest(self, one: Prepared, noise: Tensor, text: Tensor, inputs: _Inputs) -> FantasyWorldOutput:
+        """One pass over the picture as a video that stands still, at the schedule's least noise; over noise without a picture."""
+        sigma = float(SCHEDULE.sigmas[-1]) if one.picture is not None else 1.0
+        latents = (1 - sigma) * inputs.image_latents[:, :, :1].expand_as(noise) + sigma * noise
+        return self._forward(latents, sigma, text, inputs)
 
     def _forward(self, latents: Tensor, sigma: float, text: Tensor, inputs: _Inputs) -> FantasyWorldOutput:
         with autocast(self.preset.stage2, self.device):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fw_model.export.save import is_saved
 from fw_model.export.world import World
 from fw_model.generate.__main__ import main
 from fw_model.generate.pipeline import FantasyWorldPipeline, Progress
+from fw_model.generate.preview import UNSEEN, warp
 from fw_model.generate.request import BadRequest, parse_request
 from fw_model.generate.sampling import SCHEDULERS, sample, shifted_sigmas
 from fw_model.model.encoders import Encoders
@@ -26,6 +28,7 @@ from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.checkpoints import CheckpointError, checkpoint_parameters, save_checkpoint
 from fw_model.train.identity import CheckpointMetadata
 from fw_model.trajectory.text import make_trajectory
+from tests.helpers.made_worlds import made_world
 
 FEW: dict[str, Any] = {"num_inference_steps": 3, "progress": False}
 
@@ -336,3 +339,42 @@ def test_without_a_model_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as wrong:
         main(["--out", str(tmp_path / "w")])
     assert wrong.value.code == 2
+
+
+# --------------------------------------------------------------------------------------------------------- the preview
+
+
+def test_a_preview_is_what_the_next_frames_show(tmp_path: Path) -> None:
+    """Of a made wall, whose other frames are known: seen parts agree, the first frame is the picture."""
+    world = made_world("truck_right:0.2", frames=5)
+    frames = list(warp(world.video[0].numpy(), world.depth[0], world.cameras))
+    known = (world.depth[0] > 0).numpy()
+    assert np.array_equal(frames[0][known], world.video[0].numpy()[known])
+    last, truth = frames[-1].astype(int), world.video[-1].numpy()
+    seen = (frames[-1] != UNSEEN).any(-1)
+    assert 0.7 < seen.mean() < 1
+    assert np.median(np.abs(last - truth)[seen]) < 4
+
+
+def test_the_preview_command_needs_no_model_where_depth_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 112, 3)).astype(np.uint8)).save(tmp_path / "first.png")
+    np.save(tmp_path / "depth.npy", np.full((32, 56), 7.0))
+    asked = ["--image", str(tmp_path / "first.png"), "--trajectory", "orbit_right", "--preset", "tiny", "--out"]
+    asked += [str(tmp_path / "path.mp4"), "--depth"]
+    assert main(["preview", *asked, str(tmp_path / "depth.npy")]) == 0
+    with av.open(str(tmp_path / "path.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 17
+    for name, data in (("zero.npy", np.zeros((4, 4))), ("flat.npy", np.zeros(4))):
+        np.save(tmp_path / name, data)
+        assert main(["preview", *asked, str(tmp_path / name)]) == 1
+    assert main(["preview", *asked, str(tmp_path / "gone.npy")]) == 1
+    said = capsys.readouterr().err
+    for words in ("not a single pixel", "expected numbers", "is not there"):
+        assert words in said
+
+
+def test_the_model_reads_a_pictures_depth_for_a_preview(preset: Preset, tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 112, 3), 90, np.uint8)).save(tmp_path / "first.png")
+    checkpoint = write_checkpoint(tmp_path / "step-10.safetensors", preset)
+    asked = ["--image", str(tmp_path / "first.png"), "--trajectory", "pan_left", "--preset", "tiny", "--num-frames", "5"]
+    assert main(["preview", *asked, "--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "a.mp4")]) == 0

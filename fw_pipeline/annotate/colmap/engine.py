@@ -64,6 +64,27 @@ class ColmapEngine:
             ClipSetAside: nothing to match, a camera that does not move or only turns, too few frames registered.
         """
         count, height, width, _ = frames.shape
+        model = self._solved(frames, intrinsics)
+        ratio, error = _fit(model, count, tolerance=2.0 * max(1.0, max(height, width) / 448))
+        interpolated = np.array([t not in model.poses for t in range(count)])
+        w2c = fill_poses(model.poses, count)
+        w2c, points = _first_camera_world(w2c, model.points)
+        z = np.concatenate([points[model.seen[t]] @ w2c[t, 2, :3] + w2c[t, 2, 3] for t in model.poses])
+        unit = float(np.median(z))
+        w2c[:, :, 3] /= unit
+        near, far = self._ranges(points / unit, w2c, model)
+        k = np.repeat(model.intrinsics[None], count, 0)
+        depth, confidence = sweep_depth(frames, w2c, k, near, far, self.sweep, self.device)
+        return ClipGeometry(w2c, k, depth, confidence, ratio, error, interpolated)
+
+    def cameras(self, frames: np.ndarray, intrinsics: np.ndarray | None = None) -> np.ndarray:
+        """`estimate` without its depth: w2c [T, 3, 4] with the first camera as world."""
+        model = self._solved(frames, intrinsics)
+        return _first_camera_world(fill_poses(model.poses, len(frames)), model.points)[0]
+
+    def _solved(self, frames: np.ndarray, intrinsics: np.ndarray | None) -> SparseModel:
+        """Structure from motion whose cameras can be trusted, or ClipSetAside."""
+        count = len(frames)
         if count < 3:
             raise ClipSetAside(f"{count} frames; structure from motion needs at least 3")
         with tempfile.TemporaryDirectory(prefix="fw-colmap-") as folder:
@@ -77,17 +98,7 @@ class ColmapEngine:
                 f"the camera turns but hardly moves: points are seen under {model.triangulation_angle:.2f} degrees "
                 f"(at least {self.min_angle:g})"
             )
-        ratio, error = _fit(model, count, tolerance=2.0 * max(1.0, max(height, width) / 448))
-        interpolated = np.array([t not in model.poses for t in range(count)])
-        w2c = fill_poses(model.poses, count)
-        w2c, points = _first_camera_world(w2c, model.points)
-        z = np.concatenate([points[model.seen[t]] @ w2c[t, 2, :3] + w2c[t, 2, 3] for t in model.poses])
-        unit = float(np.median(z))
-        w2c[:, :, 3] /= unit
-        near, far = self._ranges(points / unit, w2c, model)
-        k = np.repeat(model.intrinsics[None], count, 0)
-        depth, confidence = sweep_depth(frames, w2c, k, near, far, self.sweep, self.device)
-        return ClipGeometry(w2c, k, depth, confidence, ratio, error, interpolated)
+        return model
 
     def _ranges(self, points: np.ndarray, w2c: np.ndarray, model: SparseModel) -> tuple[np.ndarray, np.ndarray]:
         """(near [T], far [T]); a frame that sees too few points takes the whole clip's."""
