@@ -2,8 +2,8 @@
 
     python -m fw_model.generate preview --image first.png --trajectory orbit_right --out path.mp4 (--depth D | --checkpoint FILE)
 
-D is a `.npy` or `.npz` (its array `depth`) of z-depth [h, w], or [T, h, w] whose first is taken, in any unit: its mean distance is
-made 1, as paths count. With a checkpoint the model reads the picture's depth. Grey is what the picture does not show.
+D is a `.npy` or `.npz` (its array `depth`) of z-depth [h, w], or [T, h, w] whose first is taken, in any unit: its mean distance
+is made 1, as paths count. With a checkpoint the model reads the picture's depth. Grey is what the picture does not show.
 """
 
 from __future__ import annotations
