@@ -254,6 +254,9 @@ class StageConfig(Config):
     keep_states: int = Field(2, ge=1)
     validate_every: int = Field(1000, ge=1)
     validation_clips: int = Field(16, ge=1)
+    sample_every: int | None = Field(None, ge=1)  # stage 2: steps between worlds of held-out prompts; None: no worlds
+    sample_clips: int = Field(2, ge=1)  # how many of them
+    sample_steps: int = Field(25, ge=1)  # of denoising
     log_every: int = Field(10, ge=1)
     seed: int = 0
     workers: int = Field(2, ge=0)

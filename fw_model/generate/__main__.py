@@ -28,7 +28,7 @@ from fw_model.errors import Explained, explain_errors
 from fw_model.generate.pipeline import FantasyWorldPipeline
 from fw_model.generate.request import parse_request
 from fw_model.generate.requests_file import Job, make_all, read_requests
-from fw_model.generate.sampling import SCHEDULERS
+from fw_model.train.sampling import SCHEDULERS
 from fw_model.train.trained import check_trained, find_checkpoint
 
 

@@ -18,11 +18,11 @@ from fw_model.config import Preset
 from fw_model.data.dataset import pad_text
 from fw_model.export.world import World
 from fw_model.generate.request import BadRequest, Prepared, Request, parse_request, prepare
-from fw_model.generate.sampling import sample
 from fw_model.model.encoders import LATENT_CHANNELS, Encoders
 from fw_model.model.encoders import Part as Encoder
 from fw_model.model.fantasy_world import FantasyWorld, FantasyWorldOutput
 from fw_model.train.objective import SCHEDULE, autocast
+from fw_model.train.sampling import sample
 from fw_model.train.trained import WhichWeights, check_trained, find_checkpoint, load_trained
 
 Offload = Literal["model", "none"]

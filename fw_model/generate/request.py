@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from fw_model.cameras import Cameras, PoseFileError
 from fw_model.config import ClipConfig, Config
 from fw_model.errors import Explained, did_you_mean
-from fw_model.generate.sampling import SchedulerName, shifted_sigmas
 from fw_model.model.fantasy_world import check_clip_size
+from fw_model.train.sampling import SchedulerName, shifted_sigmas
 from fw_model.trajectory.formats import read_path_file
 from fw_model.trajectory.text import PathError, make_trajectory, parse_path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,9 +102,15 @@ def page(data: ReportData) -> str:
         means=_cells(_means(data.clips)),
         depth_stops=colour_stops(),
         error_stops=colour_stops(colormap=_ERROR_MAP),
+        samples={name: _jpeg(picture) for name, picture in data.samples.items()},
+        sample_step=data.sample_step,
         figures={name: _json(figure) for name, figure in figures.items()},
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def _jpeg(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
 def _facts(data: ReportData) -> dict[str, str]:
@@ -256,3 +262,5 @@ class ReportData:
     seconds: float | None
     clips: list[ClipResult]
     evaluation: Evaluation
+    samples: dict[str, bytes] = field(default_factory=dict)  # clip -> JPEG of what was generated while training
+    sample_step: int = 0  # at which step

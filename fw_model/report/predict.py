@@ -41,6 +41,7 @@ from fw_model.train.checkpoints import CheckpointError, CheckpointMetadata, late
 from fw_model.train.losses import make_targets
 from fw_model.train.objective import LOSS_NAMES, SCHEDULE, autocast, fixed_draws, generator_for, predict
 from fw_model.train.run_folder import read_result
+from fw_model.train.samples import newest_sheets
 from fw_model.train.trained import check_trained, load_trained
 
 NOISE_SHARE = 0.1  # clips are shown to the model with about this much noise
@@ -88,6 +89,7 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
     result = read_result(run)
     if result is not None and result.checkpoint != checkpoint.name:
         result = None  # the numbers of another checkpoint
+    sample_step, sheets = newest_sheets(run)
     data = ReportData(
         metadata=metadata,
         checkpoint=checkpoint,
@@ -100,6 +102,8 @@ def write_report(run: Path, dataset: str | Path, output: Path, clips: int = 4, d
         seconds=result.seconds if result else None,
         clips=results,
         evaluation=evaluation,
+        samples=sheets,
+        sample_step=sample_step,
     )
     write_text(output, page(data))
     write_json(output.with_suffix(".json"), evaluation.to_json(data))

@@ -132,6 +132,8 @@ def fit(run: Run, stop: threading.Event) -> bool:
                 _log_window(run, bar)
             if progress.step % config.validate_every == 0 or last:
                 progress.after = _validate(run)
+            if run.stage == "stage2" and config.sample_every and (progress.step % config.sample_every == 0 or last):
+                _sample(run)
             saving = progress.step % config.save_every == 0 or last
             if saving:
                 _save_checkpoint(run)
@@ -219,6 +221,14 @@ def _validate(run: Run) -> dict[str, float]:
         run.log.write(run.progress.step, {f"val/{name}": value for name, value in values.items()})
         log.info("step %d validation: %s", run.progress.step, in_words(values))
     return values
+
+
+def _sample(run: Run) -> None:
+    from fw_model.train.samples import write_samples  # it loads a VAE and draws pictures: only where it is asked for
+
+    started = time.perf_counter()
+    write_samples(run)
+    run.progress.seconds += time.perf_counter() - started
 
 
 def _log_window(run: Run, bar: tqdm) -> None:

@@ -22,11 +22,11 @@ from fw_model.generate.__main__ import main
 from fw_model.generate.pipeline import FantasyWorldPipeline, Progress
 from fw_model.generate.preview import UNSEEN, warp
 from fw_model.generate.request import BadRequest, parse_request
-from fw_model.generate.sampling import SCHEDULERS, sample, shifted_sigmas
 from fw_model.model.encoders import Encoders
 from fw_model.model.fantasy_world import FantasyWorld
 from fw_model.train.checkpoints import CheckpointError, checkpoint_parameters, save_checkpoint
 from fw_model.train.identity import CheckpointMetadata
+from fw_model.train.sampling import SCHEDULERS, sample, shifted_sigmas
 from fw_model.trajectory.text import make_trajectory
 from tests.helpers.made_worlds import made_world
 
