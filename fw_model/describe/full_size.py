@@ -94,6 +94,7 @@ def denoise(world: FantasyWorld, preset: Preset, size: ClipSize) -> bool:
     """One step of generation with guidance: two passes, the first with its geometry. Whether all of it is finite."""
     world.set_stage("stage2").enable_gradient_checkpointing(False)
     inputs, _ = step_inputs(preset.model.wan, size)
+    del inputs["pose_mask"]  # all are seen, and generation says nothing of it
     output = world(**inputs)
     without = world.velocity(**{**inputs, "text": torch.zeros_like(inputs["text"])})
     assert output.velocity is not None
