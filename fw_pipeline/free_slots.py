@@ -1,6 +1,7 @@
 """`make free-slots`: frees the pool slots of runs that are over.
 
-A run under the daemon needs no help; a command-line run that was killed with SIGKILL keeps its slots for ever.
+A run under the daemon needs no help, and a launch frees the slots of this machine's dead processes by itself; this is for those
+of others, and for a look.
 """
 
 import sys
@@ -9,20 +10,7 @@ import dagster as dg
 
 from fw_model.errors import MissingInput, explain_errors
 from fw_pipeline.launch import open_instance
-
-
-def free_slots(instance: dg.DagsterInstance) -> dict[str, list[str]]:
-    """Free every slot held by a run that is finished, gone, or no longer has a living process here; pool -> run ids."""
-    storage = instance.event_log_storage
-    freed: dict[str, list[str]] = {}
-    for pool in sorted(storage.get_concurrency_keys()):
-        info = storage.get_concurrency_info(pool)
-        for run_id in sorted(info.active_run_ids | info.pending_run_ids):
-            run = instance.get_run_by_id(run_id)
-            if run is None or run.is_finished:
-                storage.free_concurrency_slots_for_run(run_id)
-                freed.setdefault(pool, []).append(run_id)
-    return freed
+from fw_pipeline.slots import free_slots
 
 
 @explain_errors

@@ -21,6 +21,7 @@ import yaml
 
 from fw_model.errors import ConfigError, MissingInput, explain_errors
 from fw_pipeline.partitions import LAUNCH, REQUEST, inventory_tags, register, request_partitions, retire
+from fw_pipeline.slots import wait_for_slots
 
 if TYPE_CHECKING:
     from fw_pipeline.steps.pipeline import Pipeline
@@ -48,6 +49,7 @@ def launch(instance: dg.DagsterInstance, job_name: str, log_level: str = "INFO")
 
     job, pipeline = defs.resolve_job_def(job_name), PIPELINE.build()  # built first: settings are refused before the run starts
     tags = _partition_tags(instance, job, pipeline)
+    wait_for_slots(instance, job, lambda line: print(line, flush=True))
     config = {"loggers": {"console": {"config": {"log_level": log_level}}}}
     result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False, tags=tags)
     warned: list[str] = []

@@ -45,6 +45,10 @@ class PipelineResource(FromSettings):
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Raise ConfigError for a value that does not fit before any step runs; Dagster itself knows types and choices only."""
         self.settings().load_preset()
+        if context.instance is not None and context.run_id:
+            from fw_pipeline.slots import claim
+
+            claim(context.instance, context.run_id)
 
     def settings(self) -> Settings:
         given = {name: getattr(self, name) for name in names()}

@@ -1,0 +1,3 @@
+from fw_model.generate.pipeline import FantasyWorldPipeline
+
+__all__ = ["FantasyWorldPipeline"]

@@ -18,6 +18,15 @@ from fw_pipeline.steps.store import Store
 _TRAIN_STAGE1 = f"Run: {TRAIN_STAGE1}"
 
 
+# What a launcher around Dagster (torchrun, a Slurm job) leaves in the environment. A training that Dagster starts is none of its
+# processes, and would wait for the others until they time out.
+OF_ANOTHER_LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    *("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """One training run. The output folder is named from its identity, so a retry finds its own state there."""
@@ -41,6 +50,8 @@ class TrainingPlan:
     def command(self) -> list[str]:
         """The `accelerate launch` line, as a list (no shell); torchrun's for several processes on CPUs.
 
+        `env` before it takes another launcher's variables away.
+
         There `accelerate launch --cpu --num_processes 2` starts a single process (seen in 1.15) and says nothing.
         """
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
@@ -58,7 +69,7 @@ class TrainingPlan:
         script += ["--dataset", str(self.dataset), "--output", str(self.output)]
         if self.stage1_checkpoint is not None:
             script += ["--stage1-checkpoint", str(self.stage1_checkpoint)]
-        return launch + script
+        return ["env", *(word for name in OF_ANOTHER_LAUNCHER for word in ("-u", name)), *launch, *script]
 
     def environment(self, grace: float) -> dict[str, str]:
         """What the launcher needs beside its command. When stopped it gives its processes `grace` seconds to save, not 30."""

@@ -14,7 +14,7 @@ from fw_model.errors import MissingInput
 from fw_model.export.pictures import depth_colours, depth_range
 from fw_model.export.world import World
 from fw_model.files import write_text
-from fw_model.generate.pipeline import FantasyWorldPipeline
+from fw_model.generate import FantasyWorldPipeline
 from fw_model.generate.request import BadRequest, prepare
 from fw_model.generate.requests_file import Job, is_there, read_requests, saved_with
 from fw_model.metrics import relative_pose_errors

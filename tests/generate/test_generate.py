@@ -18,8 +18,9 @@ from torch import Tensor
 from fw_model.config import Preset, load_preset
 from fw_model.export.save import is_saved
 from fw_model.export.world import World
+from fw_model.generate import FantasyWorldPipeline
 from fw_model.generate.__main__ import main
-from fw_model.generate.pipeline import FantasyWorldPipeline, Progress
+from fw_model.generate.pipeline import Progress
 from fw_model.generate.preview import UNSEEN, warp
 from fw_model.generate.request import BadRequest, parse_request
 from fw_model.model.encoders import Encoders

@@ -54,6 +54,6 @@ def test_the_demos_exit_code_is_honest(
     failed: list[str], warned: list[str], own_videos: bool, code: int, environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_demo, "render", lambda folder: None)
-    monkeypatch.setattr(run_demo, "run_jobs", lambda: Outcome(failed, warned))
+    monkeypatch.setattr(run_demo, "run_jobs", lambda settings: Outcome(failed, warned))
     monkeypatch.setattr(run_demo, "summary", lambda settings: {})
     assert run_demo.main(["--videos", str(environment / "videos")] if own_videos else []) == code

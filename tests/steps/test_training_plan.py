@@ -20,7 +20,7 @@ from fw_model.train.checkpoints import CheckpointMetadata, save_checkpoint
 from fw_model.train.identity import run_identity
 from fw_pipeline.steps import training_plan as training
 from fw_pipeline.steps.settings import Settings
-from fw_pipeline.steps.training_plan import MissingInput, plan_training
+from fw_pipeline.steps.training_plan import OF_ANOTHER_LAUNCHER, MissingInput, plan_training
 from tests.helpers.graph import PROJECT
 
 
@@ -227,3 +227,15 @@ def test_the_launch_line_fits_the_machine(settings: Settings, device: str, proce
     command = plan_training(settings.model_copy(update={"device": device, "processes": processes}), "stage1").command()
     assert flag in command
     assert command[command.index(count) + 1] == str(processes)
+
+
+def test_another_launchers_variables_do_not_reach_the_training(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun or in a Slurm job a training that Dagster starts waited eleven minutes for processes not its own."""
+    command = plan_training(settings, "stage1").command()
+    before = command[: command.index(sys.executable)]
+    for name in OF_ANOTHER_LAUNCHER:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    script = f"import os; print(sorted(n for n in os.environ if n in {(*OF_ANOTHER_LAUNCHER, 'CUDA_VISIBLE_DEVICES')}))"
+    told = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "['CUDA_VISIBLE_DEVICES']"
