@@ -1,10 +1,15 @@
 """The COLMAP engine gives true cameras or a reason, never made-up poses."""
 
+import resource
+import subprocess
+
 import numpy as np
 import pytest
 
 from fw_model import metrics
+from fw_pipeline.annotate.colmap import mapping
 from fw_pipeline.annotate.colmap.engine import ColmapEngine
+from fw_pipeline.annotate.colmap.mapping import ColmapDied, Mapper
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings
 from fw_pipeline.annotate.types import ClipSetAside
 from fw_pipeline.demo.render import intrinsics_of, render_frame
@@ -78,5 +83,21 @@ def test_two_frames_are_not_enough(rendered) -> None:
 
 
 def test_the_version_changes_with_every_setting() -> None:
-    assert ColmapEngine().version != ColmapEngine(max_features=5).version
+    assert ColmapEngine().version != ColmapEngine(mapper=Mapper(max_features=5)).version
     assert ColmapEngine().version != ColmapEngine(sweep=SweepSettings(planes=5)).version
+
+
+@pytest.mark.parametrize(("limit", "how"), [(1_000, "exit code 1: OSError"), (500_000, "ended by SIGABRT")])
+def test_a_process_of_colmap_that_dies_is_one_clips_failure(
+    rendered, monkeypatch: pytest.MonkeyPatch, limit: int, how: str
+) -> None:
+    """Where no file may grow beyond a limit, as on a full disk, COLMAP's native code ends its whole process."""
+    run = subprocess.run
+
+    def run_on_a_full_disk(*args, **settings):
+        return run(*args, **settings, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+    monkeypatch.setattr(mapping.subprocess, "run", run_on_a_full_disk)
+    with pytest.raises(ColmapDied, match=how) as died:
+        ENGINE.estimate(rendered[0])
+    assert "MB free; TMPDIR=" in died.value.remedy

@@ -10,12 +10,13 @@ from fw_model import metrics
 from fw_model.config import load_preset
 from fw_pipeline.annotate.clips import annotation_size, cut_clips, read_frames, video_key
 from fw_pipeline.annotate.colmap.engine import ColmapEngine
+from fw_pipeline.annotate.colmap.mapping import Mapper
 from fw_pipeline.annotate.colmap.plane_sweep import SweepSettings
 from fw_pipeline.annotate.types import ClipSetAside
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 # The clips' own size and a bare sweep take a third of the time; with the defaults the paths are off by 0.12 to 0.45 %.
-ENGINE = ColmapEngine(enlarge_to=384, sweep=SweepSettings(planes=4))
+ENGINE = ColmapEngine(mapper=Mapper(enlarge_to=384), sweep=SweepSettings(planes=4))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no real clips beside the project")
 
 
