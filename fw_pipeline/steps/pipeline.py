@@ -30,6 +30,7 @@ from fw_pipeline.annotate.audit.verdict import AUDIT_VERSION
 from fw_pipeline.annotate.engines import require_device
 from fw_pipeline.annotate.folder import why_outside
 from fw_pipeline.annotate.lens import calibration_files
+from fw_pipeline.annotate.shots import SHOTS_VERSION
 from fw_pipeline.annotate.types import (
     Clip,
     ClipGeometry,
@@ -150,7 +151,7 @@ class Pipeline:
     def fingerprint(self, step: StepName, key: str) -> str:
         """Hash of everything the step's result depends on."""
         if step == "clips":
-            parts: list[Any] = [self._hash(key), self.preset.clip.model_dump(mode="json"), self._calibration(key)]
+            parts: list[Any] = [SHOTS_VERSION, self._hash(key), self.preset.clip.model_dump(mode="json"), self._calibration(key)]
             # Only what is so is named, so that no other video's result is stale.
             parts += [{"same as": self.copies[key]}] if key in self.copies else []
             parts += [links] if any(links := astuple(self.settings.links)) else []

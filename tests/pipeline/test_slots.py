@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
@@ -92,7 +93,8 @@ def test_ctrl_c_ends_the_wait_of_a_launch(instance: dg.DagsterInstance, environm
     hold(instance, run_process())
     command = [sys.executable, "-m", "fw_pipeline.launch", "stage1_training"]
     settings = {**os.environ, **environment_of(environment), "PYTHONWARNINGS": "ignore"}
-    launched = subprocess.Popen(command, cwd=PROJECT, env=settings, stdout=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    launched = subprocess.Popen(command, cwd=PROJECT, env=settings, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert launched.stdout is not None
     for line in launched.stdout:
         if "waiting for run" in line:

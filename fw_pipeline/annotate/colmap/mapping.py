@@ -6,6 +6,7 @@ that such an end is one clip's failure. Nothing here needs torch: the child star
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -20,7 +21,7 @@ import numpy as np
 import pycolmap
 from PIL import Image
 
-from fw_model.errors import Explained
+from fw_model.errors import Explained, explain_errors
 from fw_pipeline.annotate.types import ClipSetAside
 
 Matches = dict[tuple[int, int], np.ndarray]  # frames (i, j), i < j -> [M, 2] keypoint indices that fit one two-view geometry
@@ -303,8 +304,12 @@ def _median_angle(points: np.ndarray, poses: dict[int, np.ndarray], seen: dict[i
     return float(np.degrees(np.median(2 * np.arcsin(np.clip(spread / 2, 0, 1))))) if len(points) else 0.0
 
 
-def main(folder: Path) -> None:
-    """The child: frames.npy and how.json -> model.npz, or refused.txt."""
+@explain_errors
+def main(argv: list[str] | None = None) -> int:
+    """The child, in a folder of `solve`'s: frames.npy and how.json -> model.npz, or refused.txt."""
+    parser = argparse.ArgumentParser(description="Structure from motion in a folder that `solve` laid out.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(argv).folder
     how = json.loads((folder / "how.json").read_text())
     intrinsics = None if how["intrinsics"] is None else np.array(how["intrinsics"])
     frames = np.load(folder / "frames.npy", mmap_mode="r", allow_pickle=False)
@@ -312,7 +317,8 @@ def main(folder: Path) -> None:
         Mapper(**how["mapper"]).map(frames, intrinsics, folder).save(folder / "model.npz")
     except ClipSetAside as reason:
         (folder / "refused.txt").write_text(str(reason))
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main())
